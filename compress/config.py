@@ -1,0 +1,298 @@
+"""Every setting of a run, as dataclasses. The annotations are Hydra's schema; `__post_init__` holds the rules.
+
+Nothing here imports torch: `python -m compress --help` and a mistyped key must answer at once. The classes
+are not frozen (Hydra would refuse overrides) and are never changed once `RunConfig` is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from compress.errors import ConfigError
+
+# Hydra's structured configs read annotations at run time and need `Optional[X]`, not `X | None`.
+# ruff: noqa: UP045
+
+EMBEDDED_MODEL = "reference"
+
+
+class Transform(Enum):
+    """What is done to the weights before rounding, leaving the unquantized model's function as it is."""
+
+    NONE = "none"
+    AWQ = "awq"
+
+
+class Rounding(Enum):
+    """How real weights become codes. NONE leaves the model as it is: a baseline run."""
+
+    NONE = "none"
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+class GranularityName(Enum):
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+
+
+class ObserverName(Enum):
+    ABSMAX = "absmax"
+    MSE = "mse"
+
+
+class ComputeDtype(Enum):
+    """AUTO: float32 on a CPU, the checkpoint's own dtype on a GPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def _positive(cls: str, **values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{cls}.{name}={value} must be positive")
+
+
+@dataclass
+class SchemeConfig:
+    """Grid of the quantized weights."""
+
+    bits: int = 4
+    granularity: GranularityName = GranularityName.GROUP
+    group_size: int = 128
+    symmetric: bool = True
+    observer: ObserverName = ObserverName.ABSMAX
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ConfigError(f"scheme.bits={self.bits} is not supported; use 2, 3, 4 or 8")
+        _positive("scheme", group_size=self.group_size)
+
+
+@dataclass
+class AwqConfig:
+    """Activation-aware scale search (arXiv 2306.00978)."""
+
+    n_grid: int = 20
+    duo_scaling: bool = True
+    clip: bool = True
+    clip_grid: int = 10
+    clip_max_shrink: float = 0.5
+    search_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        _positive("awq", n_grid=self.n_grid, clip_grid=self.clip_grid, search_tokens=self.search_tokens)
+        if not 0 < self.clip_max_shrink < 1:
+            raise ConfigError(f"awq.clip_max_shrink={self.clip_max_shrink} must lie between 0 and 1")
+
+
+@dataclass
+class GptqConfig:
+    """Second-order rounding (arXiv 2210.17323)."""
+
+    block_size: int = 128
+    damping: float = 0.01
+    max_damping_steps: int = 4
+    act_order: bool = True
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("gptq", block_size=self.block_size, damping=self.damping)
+        if self.max_damping_steps < 0:
+            raise ConfigError(f"gptq.max_damping_steps={self.max_damping_steps} must not be negative")
+
+
+@dataclass
+class QuantConfig:
+    """transform x rounding x scheme: independent slots, because that is the mathematics."""
+
+    transform: Transform = Transform.NONE
+    rounding: Rounding = Rounding.RTN
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
+    # glob over linear names -> scheme fields that differ there, e.g. {"*.down_proj": {bits: 8}}
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # globs of linears that stay as they are
+    ignore: list[str] = field(default_factory=list)
+    # globs over ModuleLists, used instead of the search for decoder blocks
+    blocks: Optional[str] = None
+    awq: AwqConfig = field(default_factory=AwqConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    # one scheme for q/k/v and for gate/up, as serving engines that fuse them need
+    allow_split_fused: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        return (
+            self.transform is not Transform.NONE
+            or self.rounding is Rounding.GPTQ
+            or self.scheme.observer is ObserverName.MSE
+        )
+
+
+@dataclass
+class CalibrationConfig:
+    """Where calibration tokens come from: `path` (a text or .jsonl file), `dataset` (a hub id), or, when
+    neither is given, the texts shipped for the embedded model."""
+
+    path: Optional[str] = None
+    dataset: Optional[str] = None
+    dataset_config: Optional[str] = None
+    split: str = "train"
+    text_column: str = "text"
+    n_sequences: int = 128
+    sequence_length: int = 512
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "calibration",
+            n_sequences=self.n_sequences,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+        )
+        if self.path and self.dataset:
+            raise ConfigError("calibration.path and calibration.dataset are both set; give one of them")
+
+
+@dataclass
+class VerifyConfig:
+    """Reload of the artifact in a fresh process. It cannot be switched off."""
+
+    n_sequences: int = 2
+    # ||logits - reference|| / ||reference||, both computed from dequantized weights
+    max_relative_error: float = 2e-3
+
+
+@dataclass
+class BenchConfig:
+    """Speed of the artifact against the unquantized model, alternating in one process."""
+
+    enabled: bool = True
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4])
+    prompt_tokens: int = 128
+    decode_tokens: int = 32
+    repeats: int = 3
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(
+            "bench",
+            prompt_tokens=self.prompt_tokens,
+            decode_tokens=self.decode_tokens,
+            repeats=self.repeats,
+        )
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"bench.batch_sizes={self.batch_sizes} must name at least one positive batch size")
+
+
+@dataclass
+class EvalConfig:
+    """Quality of the reloaded artifact: KL to the original on held-out tokens, and lm-eval tasks."""
+
+    enabled: bool = True
+    # text for KL and perplexity; without it the held-out texts shipped for the embedded model
+    path: Optional[str] = None
+    dataset: Optional[str] = None
+    dataset_config: Optional[str] = None
+    split: str = "test"
+    text_column: str = "text"
+    n_sequences: int = 64
+    sequence_length: int = 512
+    batch_size: int = 8
+    tasks: list[str] = field(default_factory=lambda: ["compress_minimal_pairs", "compress_heldout"])
+    include_path: Optional[str] = None
+    limit: Optional[int] = None
+    task_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(
+            "eval",
+            n_sequences=self.n_sequences,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            task_batch_size=self.task_batch_size,
+        )
+        if self.limit is not None:
+            _positive("eval", limit=self.limit)
+        if self.path and self.dataset:
+            raise ConfigError("eval.path and eval.dataset are both set; give one of them")
+
+
+@dataclass
+class GateConfig:
+    """Regression gate against a committed baseline. Exit code 3 when a limit is passed."""
+
+    baseline: Optional[str] = None
+    update: bool = False
+    # allowed relative rise over the baseline, beyond 2 standard errors of the difference
+    max_kl_rise: float = 0.10
+    max_ppl_rise: float = 0.02
+    max_top1_drop: float = 0.01
+    max_size_rise: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("max_kl_rise", "max_ppl_rise", "max_top1_drop", "max_size_rise"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"gate.{name}={getattr(self, name)} must not be negative")
+        if self.update and not self.baseline:
+            raise ConfigError("gate.update=true needs gate.baseline=<file> to write to")
+
+
+@dataclass
+class PublishConfig:
+    """Where a verified artifact goes."""
+
+    dest: Optional[str] = None
+    repo_id: Optional[str] = None
+    private: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One run: one model, one recipe, one run directory."""
+
+    name: str = "awq4"
+    # hub id or local directory; `reference` is the embedded model
+    model: str = EMBEDDED_MODEL
+    revision: Optional[str] = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+    compute_dtype: ComputeDtype = ComputeDtype.AUTO
+    output_dir: str = "outputs"
+    # default: <output_dir>/<model>/<name>-<fingerprint of what decides the weights>
+    run_dir: Optional[str] = None
+    force: bool = False
+    seed: int = 0
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is empty; give a hub id, a directory, or leave it out for the embedded model")
+
+
+def to_plain(config: Any) -> Any:
+    """A config as JSON-ready dicts, enums as their values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(asdict(config))
