@@ -1,0 +1,274 @@
+"""The block-by-block engine: stream weights in, quantize, checkpoint, pass quantized activations on.
+
+Device memory holds one block, the statistics of one group of linears and a batch of activations; quantized
+blocks go to disk as they are finished. This module and `awq_pass` are the only ones that change a model's
+weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.awq_pass import AwqJob, AwqNote, apply_awq
+from compress.checkpoint import BlockState, load_block, save_block
+from compress.config import QuantConfig, Rounding, Transform
+from compress.errors import NumericalError
+from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups
+from compress.methods.gptq import gptq_quantize
+from compress.methods.rtn import rtn_quantize
+from compress.methods.stats import InputStats, relative_output_error
+from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
+from compress.plan import LinearPlan, Plan, check_fused
+from compress.quant import Observer, QuantizedWeight, QuantScheme, quantize
+from compress.streams import HiddenStream, open_stream, tail_logits
+
+
+@dataclass
+class LayerReport:
+    """What happened to one linear. Errors are ||Wq x - W x||^2 / ||W x||^2 on the calibration tokens, or of the
+    weights themselves (`error_of` says which). seconds is left out of the manifest, so that artifacts repeat."""
+
+    name: str
+    status: str  # quantized | kept
+    shape: tuple[int, int]
+    scheme: str | None = None
+    n_tokens: int = 0
+    error_of: str = "weights"
+    error: float | None = None
+    error_rtn: float | None = None
+    damping: float | None = None
+    damping_steps: int | None = None
+    n_dead: int | None = None
+    awq: dict[str, Any] | None = None
+    fallback: str | None = None
+    seconds: float = field(default=0.0)
+
+    def without_time(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["seconds"]
+        return values
+
+
+@dataclass
+class EngineInputs:
+    """Everything `compress_blocks` works from. calibration_ids int64 [S, T] or None; verify_ids int64 [V, T]."""
+
+    loaded: LoadedModel
+    plan: Plan
+    calibration_ids: Tensor | None
+    verify_ids: Tensor
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    checkpoints: Path
+
+
+@dataclass
+class EngineResult:
+    """Reports of every linear, float32 logits [V, T, vocab] of the in-memory quantized model, blocks resumed."""
+
+    layers: list[LayerReport]
+    verify_logits: Tensor
+    n_resumed: int
+
+
+def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) -> EngineResult:
+    """Quantize every block, or take it from its checkpoint, and run the verify tokens through the result.
+
+    Raises:
+        NumericalError: activations, Hessians or outputs that are not finite; damping exhausted.
+        ConfigError: members of a fused group with different schemes.
+    """
+    loaded, device, dtype = inputs.loaded, inputs.device, inputs.dtype
+    verify = open_stream(loaded, inputs.verify_ids, len(inputs.verify_ids), device, device, dtype)
+    calibration = None
+    if inputs.calibration_ids is not None:
+        store = _activation_store(inputs, loaded)
+        calibration = open_stream(loaded, inputs.calibration_ids, inputs.batch_size, device, store, dtype)
+    layers: list[LayerReport] = []
+    n_resumed = 0
+    with torch.no_grad():
+        for index, block in enumerate(loaded.blocks):
+            loaded.materialize(block.name, device, dtype)
+            state = load_block(inputs.checkpoints, index)
+            if state is None:
+                engine = _BlockQuantizer(inputs, block, index, calibration, verify)
+                state = engine.run()
+                save_block(inputs.checkpoints, index, state)
+            else:
+                n_resumed += 1
+            apply_state(block, state)
+            layers += [LayerReport(**report) for report in state.reports]
+            # The last block's calibration outputs feed nothing.
+            if calibration is not None and index + 1 < len(loaded.blocks):
+                calibration.advance(block, index)
+            verify.advance(block, index)
+            loaded.release(block.name)
+            on_block(index + 1, len(loaded.blocks))
+    return EngineResult(layers, tail_logits(loaded, verify, dtype), n_resumed)
+
+
+def apply_state(block: Block, state: BlockState) -> None:
+    """Put a finished block's values (dequantized weights, folded norms) into the live module."""
+    for name, quantized in state.quantized.items():
+        set_linear_weight(block.linears[name], quantized.dequantize().to(linear_weight(block.linears[name]).device))
+    for name, value in state.changed.items():
+        with torch.no_grad():
+            block.module.get_parameter(name).copy_(value)
+
+
+def _activation_store(inputs: EngineInputs, loaded: LoadedModel) -> torch.device:
+    """Keep calibration activations on the GPU when they take at most a quarter of its free memory."""
+    if inputs.device.type != "cuda" or inputs.calibration_ids is None:
+        return torch.device("cpu")
+    hidden_size = int(loaded.model.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
+    needed = inputs.calibration_ids.numel() * hidden_size * inputs.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(inputs.device)
+    return inputs.device if needed <= free // 4 else torch.device("cpu")
+
+
+class _BlockQuantizer:
+    """One block on its way from source weights to a BlockState."""
+
+    def __init__(
+        self, inputs: EngineInputs, block: Block, index: int, calibration: HiddenStream | None, verify: HiddenStream
+    ) -> None:
+        self.inputs, self.block, self.index = inputs, block, index
+        self.calibration, self.verify = calibration, verify
+        self.config: QuantConfig = inputs.plan.config
+        self.plans = inputs.plan.block(index)
+        self.scale_dtype = inputs.loaded.dtype
+        self.state = BlockState({}, {}, [])
+        # float32 masters: scaling a bfloat16 copy in place would round the weights before quantizing them
+        self.weights = {name: self._source_weight(name) for name in block.linears}
+
+    def _source_weight(self, name: str) -> Tensor:
+        weight = self.inputs.loaded.tensor(f"{self.block.name}.{name}.weight").to(self.inputs.device).float()
+        return weight.t().contiguous() if is_transposed(self.block.linears[name]) else weight
+
+    def run(self) -> BlockState:
+        groups = self._groups()
+        check_fused(self.inputs.plan, self.index, groups)
+        sequential = self.config.rounding is Rounding.GPTQ and self.config.gptq.true_sequential
+        stats: dict[str, InputStats] = {}
+        if self.calibration is not None and (self.config.transform is Transform.AWQ or not sequential):
+            stats = self._input_stats(self.calibration, groups)
+        # `error_rtn` compares with plain RTN of the source weights on the inputs they were made for
+        plain_stats = {name: s.clone() for name, s in stats.items()} if self.config.transform is Transform.AWQ else stats
+        notes: dict[str, AwqNote] = {}
+        if self.config.transform is Transform.AWQ:
+            assert self.calibration is not None
+            job = AwqJob(
+                self.block, self.index, groups, self.calibration, self.weights, self.plans, stats,
+                self.state, self.config.awq, self.scale_dtype, clip=self.config.rounding is Rounding.RTN,
+            )  # fmt: skip
+            notes = apply_awq(job)
+        for group in groups:
+            key = group.linears[0]
+            if self.calibration is not None and sequential:
+                stats = self._input_stats(self.calibration, [group])
+            self._quantize_group(group, notes, stats.get(key), plain_stats.get(key))
+        return self.state
+
+    def _groups(self) -> list[ScaleGroup]:
+        stream = self.calibration or self.verify
+        hidden = stream.hidden[0]
+
+        def run(module: nn.Module) -> Tensor:
+            # what the block adds: a fold that is wrong must not hide behind the residual stream
+            return stream.forward(module, self.index, hidden) - hidden.to(stream.device)
+
+        find = find_scale_groups if self.config.transform is Transform.AWQ else shared_input_groups
+        return find(self.block, run)
+
+    def _quantize_group(
+        self, group: ScaleGroup, notes: dict[str, AwqNote], stats: InputStats | None, plain: InputStats | None
+    ) -> None:
+        """Quantize the linears that share one input; later groups then see their quantized outputs."""
+        for name in group.linears:
+            started = time.perf_counter()
+            plan, note = self.plans[name], notes.get(name)
+            if plan.scheme is None:
+                self.state.reports.append(asdict(LayerReport(plan.name, "kept", (plan.n, plan.k))))
+                continue
+            report = LayerReport(plan.name, "quantized", (plan.n, plan.k), plan.scheme.label())
+            try:
+                quantized = self._quantize(plan, plan.scheme, stats, note, report)
+            except NumericalError as error:
+                raise NumericalError(f"{plan.name}: {error}") from error
+            self._fill_errors(report, quantized, name, stats, plain or stats)
+            report.awq = note.summary() if note else None
+            self.state.quantized[name] = quantized
+            set_linear_weight(self.block.linears[name], quantized.dequantize())
+            report.seconds = time.perf_counter() - started
+            self.state.reports.append(asdict(report))
+
+    def _quantize(
+        self, plan: LinearPlan, scheme: QuantScheme, stats: InputStats | None, note: AwqNote | None, report: LayerReport
+    ) -> QuantizedWeight:
+        weight = self.weights[plan.local]
+        if self.config.rounding is Rounding.GPTQ:
+            assert stats is not None
+            result = gptq_quantize(weight, stats.hessian, scheme, self.config.gptq, self.scale_dtype)
+            report.damping, report.damping_steps, report.n_dead = result.damping, result.damping_steps, result.n_dead
+            return result.weight
+        if note is not None and note.ranges is not None:
+            return quantize(weight, *note.ranges, scheme)
+        return rtn_quantize(weight, scheme, stats.importance if stats else None, self.scale_dtype)
+
+    def _fill_errors(
+        self,
+        report: LayerReport,
+        quantized: QuantizedWeight,
+        name: str,
+        stats: InputStats | None,
+        plain: InputStats | None,
+    ) -> None:
+        source = self._source_weight(name)
+        plain_scheme = replace(quantized.scheme, observer=Observer.ABSMAX)
+        rtn = rtn_quantize(source, plain_scheme, scale_dtype=self.scale_dtype).dequantize()
+        weight = self.weights[name]
+        if stats is None or plain is None:
+            norm = float(source.square().sum().clamp(min=1e-30))
+            report.error = float((quantized.dequantize() - weight).square().sum()) / norm
+            report.error_rtn = float((rtn - source).square().sum()) / norm
+            return
+        report.error_of, report.n_tokens = "outputs", stats.n_tokens
+        report.error = relative_output_error(quantized.dequantize(), weight, stats.hessian)
+        report.error_rtn = relative_output_error(rtn, source, plain.hessian)
+
+    def _input_stats(self, stream: HiddenStream, groups: list[ScaleGroup]) -> dict[str, InputStats]:
+        """Statistics of each group's input over all calibration tokens, by the group's first linear.
+
+        Everything before a group computes with the weights it has now, so quantized ones count as quantized.
+        """
+        names = [g.linears[0] for g in groups]
+        stats = {n: InputStats.empty(self.plans[n].k, self.inputs.device) for n in names}
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                stats[name].update(args[0])
+                if name == names[-1]:
+                    raise _InputSeen
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(self.block.linears[name].register_forward_pre_hook(hook_for(name)).remove)
+            for hidden in stream.hidden:
+                with suppress(_InputSeen):
+                    stream.forward(self.block.module, self.index, hidden)
+        return stats
+
+
+class _InputSeen(Exception):
+    """Leaves a block's forward once the last wanted input was seen: the rest would be computed for nothing."""

@@ -1,0 +1,127 @@
+"""Finished blocks on disk: what a killed run goes on from, and what the artifact is assembled from.
+
+One safetensors file a block, written atomically, holding exactly the tensors the artifact will hold for it
+(packed codes, scales, zero points, folded norms) under block-relative names, so that nothing is computed
+twice and a resumed run ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.atomic import write_atomically
+from compress.packing import pack_rows, unpack_rows
+from compress.quant import Granularity, Observer, QuantizedWeight, QuantScheme
+
+
+@dataclass
+class BlockState:
+    """One finished block: quantized weights by linear, other parameters that changed, and layer reports."""
+
+    quantized: dict[str, QuantizedWeight]
+    changed: dict[str, Tensor]
+    reports: list[dict[str, Any]]
+
+
+def checkpoint_path(folder: Path, index: int) -> Path:
+    return folder / f"block_{index:04d}.safetensors"
+
+
+def save_block(folder: Path, index: int, state: BlockState) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, quantized in state.quantized.items():
+        for suffix, value in encode(quantized).items():
+            tensors[f"{name}.{suffix}"] = value.cpu().contiguous()
+    tensors |= {name: value.cpu().contiguous() for name, value in state.changed.items()}
+    meta = {
+        "schemes": json.dumps({n: scheme_to_dict(q.scheme) for n, q in state.quantized.items()}, sort_keys=True),
+        "changed": json.dumps(sorted(state.changed)),
+        "reports": json.dumps(state.reports),
+    }
+    write_atomically(checkpoint_path(folder, index), lambda p: save_file(tensors, p, metadata=meta))
+
+
+def load_block(folder: Path, index: int) -> BlockState | None:
+    """A finished block, or None when it is not there. An unreadable file counts as not there: it is redone."""
+    path = checkpoint_path(folder, index)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = f.metadata()
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        path.unlink()
+        return None
+    schemes = json.loads(meta["schemes"])
+    quantized = {}
+    for name, values in schemes.items():
+        own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
+        quantized[name] = decode(own, scheme_from_dict(values))
+    changed = {name: tensors[name] for name in json.loads(meta["changed"])}
+    return BlockState(quantized, changed, json.loads(meta["reports"]))
+
+
+def encode(q: QuantizedWeight) -> dict[str, Tensor]:
+    """compressed-tensors `pack-quantized` tensors of one weight, by suffix."""
+    n, k = q.shape
+    whole = q.scheme.granularity is Granularity.TENSOR
+    tensors = {
+        "weight_packed": pack_rows(q.codes, q.scheme.bits),
+        "weight_scale": q.scale.reshape(1) if whole else q.scale,
+        "weight_shape": torch.tensor([n, k], dtype=torch.int64),
+    }
+    if not q.scheme.symmetric:
+        signed = q.zero.to(torch.int16) - q.scheme.mid_code
+        packed = pack_rows(q.zero.t().contiguous(), q.scheme.bits).t().contiguous()
+        tensors["weight_zero_point"] = signed.to(torch.int8).reshape(1) if whole else packed
+    return tensors
+
+
+def decode(tensors: dict[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
+    """The inverse of `encode`.
+
+    Raises:
+        ArtifactError: packed shapes that do not fit the weight's shape.
+    """
+    n, k = (int(v) for v in tensors["weight_shape"].tolist())
+    rows = 1 if scheme.granularity is Granularity.TENSOR else n
+    groups = scheme.n_groups(k)
+    codes = unpack_rows(tensors["weight_packed"], scheme.bits, k)
+    scale = tensors["weight_scale"].reshape(rows, groups)
+    if scheme.symmetric:
+        zero = torch.full((rows, groups), scheme.mid_code, dtype=torch.uint8, device=codes.device)
+    elif scheme.granularity is Granularity.TENSOR:
+        zero = (tensors["weight_zero_point"].to(torch.int16) + scheme.mid_code).to(torch.uint8).reshape(1, 1)
+    else:
+        packed = tensors["weight_zero_point"].t().contiguous()
+        zero = unpack_rows(packed, scheme.bits, n).t().contiguous()
+    return QuantizedWeight(codes, scale, zero, scheme)
+
+
+def scheme_to_dict(scheme: QuantScheme) -> dict[str, Any]:
+    return {
+        "bits": scheme.bits,
+        "granularity": scheme.granularity.value,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "observer": scheme.observer.value,
+    }
+
+
+def scheme_from_dict(values: dict[str, Any]) -> QuantScheme:
+    return QuantScheme(
+        bits=values["bits"],
+        granularity=Granularity(values["granularity"]),
+        group_size=values["group_size"],
+        symmetric=values["symmetric"],
+        observer=Observer(values["observer"]),
+    )

@@ -1,0 +1,1 @@
+"""Quantization methods: one paper a file, pure functions of tensors."""

@@ -1,0 +1,134 @@
+"""What will happen to every linear, decided and checked before the first hour of work.
+
+A pattern that matches nothing, a group size that does not divide K and members of a fused group with different
+schemes are errors here, not surprises in an artifact.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from compress.config import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
+from compress.errors import CompressError, ConfigError
+from compress.groups import ScaleGroup
+from compress.models import LoadedModel, linear_weight
+from compress.quant import Granularity, Observer, QuantScheme
+
+
+@dataclass
+class LinearPlan:
+    """One linear of one block: full and block-relative names, shape, and its scheme (None: kept as it is)."""
+
+    name: str
+    block: int
+    local: str
+    n: int
+    k: int
+    scheme: QuantScheme | None
+
+
+@dataclass
+class Plan:
+    linears: list[LinearPlan]
+    config: QuantConfig
+
+    def block(self, index: int) -> dict[str, LinearPlan]:
+        """Plans of one block by block-relative name."""
+        return {p.local: p for p in self.linears if p.block == index}
+
+    def schemes(self) -> list[QuantScheme]:
+        """Distinct schemes in order of first use."""
+        return list(dict.fromkeys(p.scheme for p in self.linears if p.scheme is not None))
+
+
+def scheme_from_config(config: SchemeConfig) -> QuantScheme:
+    return QuantScheme(
+        bits=config.bits,
+        granularity=Granularity(config.granularity.value),
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        observer=Observer(config.observer.value),
+    )
+
+
+def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
+    """Assign a scheme to every linear of every block.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, an unknown scheme field, a group size that does not divide K.
+    """
+    names = [f"{b.name}.{local}" for b in loaded.blocks for local in b.linears]
+    for pattern in [*config.ignore, *config.overrides]:
+        if not fnmatch.filter(names, pattern):
+            leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
+            near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.3)
+            hint = f"*.{near[0]}" if near else f"one ending in {', '.join(leaves)}"
+            raise ConfigError(f"pattern {pattern!r} matches none of the {len(names)} linears; did you mean {hint}?")
+    base = scheme_from_config(config.scheme)
+    overrides = {p: _override(base, p, values) for p, values in config.overrides.items()}
+    linears = []
+    for index, block in enumerate(loaded.blocks):
+        for local, module in block.linears.items():
+            name = f"{block.name}.{local}"
+            n, k = linear_weight(module).shape
+            scheme: QuantScheme | None = base
+            for pattern, overridden in overrides.items():  # the last match wins, as in a list of exceptions
+                if fnmatch.fnmatchcase(name, pattern):
+                    scheme = overridden
+            if config.rounding is Rounding.NONE or any(fnmatch.fnmatchcase(name, p) for p in config.ignore):
+                scheme = None
+            if scheme is not None:
+                try:
+                    scheme.n_groups(k)
+                except CompressError as error:
+                    raise ConfigError(f"{name} [{n}, {k}]: {error}") from error
+            linears.append(LinearPlan(name, index, local, n, k, scheme))
+    if config.rounding is not Rounding.NONE and not any(p.scheme for p in linears):
+        raise ConfigError("quant.ignore leaves no linear to quantize; use recipe=bf16 for a baseline run")
+    return Plan(linears, config)
+
+
+def _override(base: QuantScheme, pattern: str, values: dict[str, Any]) -> QuantScheme:
+    known = [f.name for f in fields(SchemeConfig)]
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"quant.overrides[{pattern!r}] has no field {key!r}; {hint}")
+        try:
+            if key == "granularity":
+                value = Granularity(GranularityName(str(value).lower()).value)
+            elif key == "observer":
+                value = Observer(ObserverName(str(value).lower()).value)
+            elif key == "symmetric":
+                if not isinstance(value, bool):
+                    raise ValueError("must be true or false")
+            else:
+                value = int(value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"quant.overrides[{pattern!r}].{key}={value!r}: {error}") from error
+        changes[key] = value
+    return replace(base, **changes)
+
+
+def check_fused(plan: Plan, block: int, groups: list[ScaleGroup]) -> None:
+    """Linears that read one tensor are fused by serving engines (q/k/v, gate/up) and need one scheme.
+
+    Raises:
+        ConfigError: they differ and `quant.allow_split_fused` is off.
+    """
+    if plan.config.allow_split_fused:
+        return
+    plans = plan.block(block)
+    for group in groups:
+        schemes = {plans[n].scheme for n in group.linears}
+        if len(schemes) > 1:
+            described = ", ".join(f"{n}: {s.label() if (s := plans[n].scheme) else 'kept'}" for n in group.linears)
+            raise ConfigError(
+                f"{plans[group.linears[0]].name} and its siblings read one tensor, so vLLM and SGLang fuse them, but "
+                f"their schemes differ ({described}); override them together, or set quant.allow_split_fused=true"
+            )

@@ -1,0 +1,232 @@
+"""The source checkpoint: where it lies, whether it is whole, and its tensors by mmap.
+
+Only safetensors is read; a pickle is never opened. A tensor is checked for NaN and Inf when it is first
+read, and files whose hash is known (hub blobs, manifests, SHA256SUMS) are checked against it, because a
+flipped bit in a weight is otherwise a number like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.config import EMBEDDED_MODEL
+from compress.errors import ConfigError, EnvironmentProblem, ModelFileError
+
+_INDEX = "model.safetensors.index.json"
+# Copied to the artifact byte for byte when present.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """Local directory of a model named by `reference`, a directory or a hub id.
+
+    Raises:
+        ConfigError: neither a directory nor the form of a hub id.
+        EnvironmentProblem: the hub cannot be reached or has no such model.
+    """
+    if model == EMBEDDED_MODEL:
+        from compress.reference import model_path
+
+        return model_path()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(f"model={model} is a file; give the directory that holds config.json and *.safetensors")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ConfigError(f"model={model} is no directory here and not the form of a hub id (org/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"],
+            )
+        )
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"model={model} is neither a local directory nor a model on the hub (or it needs `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentProblem(
+            f"model={model} is no local directory and cannot be fetched from the hub: {error}; "
+            "give a local directory, or leave `model` out for the embedded model, which needs no network"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass
+class SourceCheckpoint:
+    """Tensors of a safetensors checkpoint, by name.
+
+    >>> source = SourceCheckpoint.open(path)
+    >>> source.tensor("model.embed_tokens.weight").shape
+    """
+
+    path: Path
+    files: dict[str, Path]  # tensor name -> shard
+    config: dict[str, Any]
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> SourceCheckpoint:
+        """Index a model directory and check that every shard is there and readable.
+
+        Raises:
+            ModelFileError: config or weights missing, a shard missing, truncated or not safetensors.
+        """
+        config = _read_json(path / "config.json")
+        index = path / _INDEX
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ModelFileError(f"{index} has no weight_map; fetch the checkpoint again")
+            files = {name: path / file for name, file in weight_map.items()}
+        else:
+            shards = sorted(path.glob("*.safetensors"))
+            if not shards:
+                pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+                why = f"only pickled weights ({pickles[0]}), which are never opened" if pickles else "no weights"
+                raise ModelFileError(f"{path} holds {why}; it must hold *.safetensors (save_pretrained writes them)")
+            files = {}
+            for shard in shards:
+                files.update(dict.fromkeys(_names(shard), shard))
+        for shard in sorted(set(files.values())):
+            if not shard.is_file():
+                raise ModelFileError(f"shard {shard.name} is named in {_INDEX} but is missing from {path}")
+            present = set(_names(shard))
+            lost = [n for n, f in files.items() if f == shard and n not in present]
+            if lost:
+                raise ModelFileError(f"{shard.name} lacks tensor {lost[0]}, which {_INDEX} places there")
+        return cls(path, files, config)
+
+    def names(self) -> Iterable[str]:
+        return self.files.keys()
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU, backed by the mapped file, not checked."""
+        file = self.files[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        try:
+            return self._handles[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelFileError(f"{file.name}: cannot read tensor {name}: {error}") from error
+
+    def tensor(self, name: str) -> Tensor:
+        """Like `raw`, checked once for NaN and Inf.
+
+        Raises:
+            ModelFileError: a value is not finite.
+        """
+        value = self.raw(name)
+        if name not in self._checked:
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value)).sum())
+                raise ModelFileError(
+                    f"tensor {name} in {self.files[name].name} has {bad} NaN or Inf values of {value.numel()}; "
+                    "the checkpoint is damaged or diverged in training; fetch it again"
+                )
+            self._checked.add(name)
+        return value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file = self.files[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return tuple(self._handles[file].get_slice(name).get_shape())
+
+    def sha256(self) -> str:
+        """One hash over config and weights; checks every file whose hash is already known.
+
+        Raises:
+            ModelFileError: a file differs from the hash recorded for it.
+        """
+        shards = sorted(set(self.files.values()))
+        known = _known_hashes(self.path, shards)
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            digests = list(pool.map(sha256_file, shards))
+        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard, digest in zip(shards, digests, strict=True):
+            expected = known.get(shard.name)
+            if expected and expected != digest:
+                raise ModelFileError(
+                    f"{shard.name} has sha256 {digest[:12]}..., but {expected[:12]}... was recorded for it: "
+                    "the file changed on disk; fetch it again"
+                )
+            total.update(f"{shard.name}:{digest}\n".encode())
+        return total.hexdigest()
+
+
+def _known_hashes(path: Path, shards: list[Path]) -> dict[str, str]:
+    """Recorded sha256 by file name: a SHA256SUMS file, or the hub cache, which names blobs by their hash."""
+    known = {}
+    sums = path / "SHA256SUMS"
+    if sums.is_file():
+        for line in sums.read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            known[name.strip()] = digest.strip()
+    for shard in shards:
+        blob = shard.resolve().name
+        if re.fullmatch(r"[0-9a-f]{64}", blob):
+            known[shard.name] = blob
+    return known
+
+
+def _names(shard: Path) -> list[str]:
+    try:
+        with safe_open(shard, framework="pt") as f:
+            return list(f.keys())
+    except (SafetensorError, OSError) as error:
+        head = b""
+        if shard.is_file():
+            with shard.open("rb") as f:
+                head = f.read(4)
+        if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK"):
+            raise ModelFileError(f"{shard.name} is a pickle under another name; pickles are never opened") from error
+        raise ModelFileError(
+            f"{shard.name} is truncated or not a safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelFileError(f"{path} is missing; a model directory needs it")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path} holds {type(value).__name__}, not an object")
+    return value

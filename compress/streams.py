@@ -1,0 +1,196 @@
+"""Hidden states on their way through the decoder, one block at a time.
+
+The model's own forward decides what each block is called with (positions, rotary tables, masks, per-layer
+attention kinds). It is run once with every block replaced by a recorder that passes the hidden state through,
+so the arguments of all blocks and the input of the first are known without computing a single block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import NumericalError, UnsupportedModel
+from compress.models import Block, LoadedModel, retie, set_parameter
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once the last block has been recorded."""
+
+
+@dataclass
+class BlockCall:
+    """What a block is called with besides its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class HiddenStream:
+    """Batches of hidden states [B, T, H] before the next block, and the calls of every block by batch size."""
+
+    token_batches: list[Tensor]
+    hidden: list[Tensor]
+    calls: dict[int, list[BlockCall]]
+    device: torch.device
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(batch.numel() for batch in self.token_batches)
+
+    def call(self, index: int, batch: Tensor) -> BlockCall:
+        return self.calls[batch.shape[0]][index]
+
+    def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run block number `index` on one batch: [B, T, H] -> [B, T, H]."""
+        call = self.call(index, hidden)
+        output = block(hidden.to(self.device), *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def batches(self) -> Iterator[Tensor]:
+        for hidden in self.hidden:
+            yield hidden.to(self.device)
+
+    def advance(self, block: Block, index: int) -> None:
+        """Replace every batch by the block's output.
+
+        Raises:
+            NumericalError: an output is not finite.
+        """
+        for i, hidden in enumerate(self.hidden):
+            output = self.forward(block.module, index, hidden)
+            if not torch.isfinite(output).all():
+                raise NumericalError(
+                    f"{block.name} gives NaN or Inf on the calibration tokens; use compute_dtype=float32, "
+                    "or check the source weights"
+                )
+            self.hidden[i] = output.to(hidden.device)
+
+
+def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: torch.device, store: torch.device,
+                dtype: torch.dtype) -> HiddenStream:  # fmt: skip
+    """Hidden states before the first block for tokens int64 [S, T].
+
+    Everything outside the blocks is materialized for this and released again.
+    """
+    batches = list(tokens.split(batch_size))
+    hidden: list[Tensor] = []
+    calls: dict[int, list[BlockCall]] = {}
+    _materialize_outside(loaded, device, dtype, with_head=False)
+    loaded.materialize(loaded.blocks[0].name, device, dtype)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                first, recorded = _record(loaded, batch.to(device))
+                hidden.append(first.to(store))
+                calls.setdefault(batch.shape[0], recorded)
+    finally:
+        loaded.release(loaded.blocks[0].name)
+        _release_outside(loaded)
+    return HiddenStream(batches, hidden, calls, device)
+
+
+def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -> Tensor:
+    """Logits of hidden states that have passed every block: float32 [S, T, V] on the CPU."""
+    _materialize_outside(loaded, stream.device, dtype, with_head=True)
+    logits = []
+    try:
+        for batch, hidden in zip(stream.token_batches, stream.hidden, strict=True):
+            last = len(loaded.blocks) - 1
+
+            def stub(index: int, h: Tensor, final: Tensor = hidden) -> Any:
+                value = final.to(stream.device) if index == last else h
+                return (value,) if loaded.block_returns_tuple else value
+
+            with torch.no_grad(), _stubbed(loaded.blocks, lambda i, h, _a, _k, stub=stub: stub(i, h)):
+                logits.append(loaded.model(batch.to(stream.device), use_cache=False).logits.float().cpu())
+    finally:
+        _release_outside(loaded)
+    return torch.cat(logits)
+
+
+def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """Input of the first block and the calls of all blocks for one batch."""
+    first: list[Tensor] = []
+    calls: list[BlockCall] = []
+    last = len(loaded.blocks) - 1
+    original = loaded.blocks[0].module.forward
+
+    def recorder(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls.append(BlockCall(args, kwargs))
+        if index == 0:
+            first.append(hidden)
+            if loaded.block_returns_tuple is None:
+                # Some architectures' blocks return a tuple, some a tensor; one real call tells.
+                loaded.block_returns_tuple = isinstance(original(hidden, *args, **kwargs), tuple)
+        if index == last:
+            raise _Stop
+        return (hidden,) if loaded.block_returns_tuple else hidden
+
+    with _stubbed(loaded.blocks, recorder):
+        try:
+            loaded.model(tokens, use_cache=False)
+        except _Stop:
+            pass
+    if len(calls) != len(loaded.blocks):
+        raise UnsupportedModel(
+            f"{type(loaded.model).__name__} ran {len(calls)} of its {len(loaded.blocks)} blocks; "
+            "only decoders that run each block once, in order, are supported"
+        )
+    return first[0], calls
+
+
+Recorder = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def _stubbed(blocks: list[Block], recorder: Recorder) -> Iterator[None]:
+    """Replace the forward of every block, keeping the modules (models read attributes of them)."""
+
+    def stub_for(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            return recorder(index, hidden, args[1:], kwargs)
+
+        return forward
+
+    for i, block in enumerate(blocks):
+        block.module.forward = stub_for(i)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
+
+
+def _materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, with_head: bool) -> None:
+    head = loaded.model.get_output_embeddings()  # type: ignore[operator]
+    head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+    named = dict(loaded.model.named_parameters(remove_duplicate=False))
+    for name in loaded.outside_blocks():
+        is_head = id(named[name]) in head_parameters and name not in loaded.tied
+        shared = name in loaded.tied.values()
+        if name in loaded.tied or (is_head and not shared and not with_head):
+            continue
+        set_parameter(loaded.model, name, loaded.tensor(name).to(device, dtype, copy=True))
+    retie(loaded.model, loaded.tied)
+    inside = {id(m) for b in loaded.blocks for m in b.module.modules()}
+    for module in loaded.model.modules():
+        if id(module) not in inside:
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(device)
+
+
+def _release_outside(loaded: LoadedModel) -> None:
+    named = dict(loaded.model.named_parameters(remove_duplicate=False))
+    for name in loaded.outside_blocks():
+        if name not in loaded.tied:
+            set_parameter(loaded.model, name, torch.empty_like(named[name], device="meta"))
+    retie(loaded.model, loaded.tied)
