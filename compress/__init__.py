@@ -16,12 +16,12 @@ if (_checkout / "recipes" / "config.yaml").is_file():
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
-    from compress.artifact import load as load
+    from compress.loading import load as load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from compress.artifact import load
+        from compress.loading import load
 
         return load
     raise AttributeError(f"module 'compress' has no attribute {name!r}")

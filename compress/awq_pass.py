@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from compress.checkpoint import BlockState
 from compress.config import AwqConfig
 from compress.groups import Fold, ScaleGroup
 from compress.methods.awq import AwqScales, clip_ranges, scaled_fake_quantize, search_scales
-from compress.methods.stats import InputStats
+from compress.methods.stats import InputStats, output_error
 from compress.models import Block, linear_weight, set_linear_weight
 from compress.plan import LinearPlan
 from compress.quant import fake_quantize
@@ -185,22 +186,29 @@ def _clip(job: AwqJob, group: ScaleGroup, evaluate: _GroupLoss, notes: dict[str,
 
 
 class _GroupLoss:
-    """Squared error of a group's real output, on a sample of the calibration tokens, for given weights.
+    """Squared error of a group's real output for given weights.
 
-    The sample's inputs to the group's scope are recorded once, with the block as it now is; the scope is then
-    run alone. Weights are given in terms of the recorded input: once scales are folded, build a new one.
+    A group of one linear has a closed form over all calibration tokens, trace(D H D^T). For the others the inputs
+    of the group's scope (attention, MLP) are recorded on a sample of the tokens, with the block as it now is, and
+    the scope is run alone. Weights are given in terms of the input seen at construction: once scales are folded,
+    build a new one.
     """
 
     def __init__(self, job: AwqJob, group: ScaleGroup) -> None:
         self.job, self.group = job, group
-        self.scope = job.block.module.get_submodule(group.scope) if group.scope else job.block.module
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.targets: list[Tensor] = []
+        if len(group.linears) == 1:
+            self.target_weight = job.weights[group.linears[0]].clone()
+            self.hessian = job.stats[group.linears[0]].hessian.clone()
+            return
+        self.scope = job.block.module.get_submodule(group.scope) if group.scope else job.block.module
         seen = 0
         handle = self.scope.register_forward_hook(self._record, with_kwargs=True)
         try:
             for hidden in job.stream.hidden:
-                job.stream.forward(job.block.module, job.index, hidden)
+                with suppress(_ScopeSeen):
+                    job.stream.forward(job.block.module, job.index, hidden)
                 seen += hidden.shape[0] * hidden.shape[1]
                 if seen >= job.config.search_tokens:
                     break
@@ -210,9 +218,12 @@ class _GroupLoss:
     def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.calls.append((args, kwargs))
         self.targets.append(_first(output))
+        raise _ScopeSeen
 
     def __call__(self, weights: dict[str, Tensor]) -> float:
-        """Mean over the sample of ||output - target||^2 with these weights [N, K] in place."""
+        """Squared output error, on a scale that is the same for all calls of one object, with weights [N, K]."""
+        if not self.calls:
+            return output_error(weights[self.group.linears[0]] - self.target_weight, self.hessian)
         linears = self.job.block.linears
         saved = {n: linear_weight(linears[n]).clone() for n in weights}
         for name, value in weights.items():
@@ -223,6 +234,10 @@ class _GroupLoss:
         for name, value in saved.items():
             set_linear_weight(linears[name], value)
         return float(total)
+
+
+class _ScopeSeen(Exception):
+    """Leaves a block's forward once the scope has run."""
 
 
 def _first(output: Any) -> Tensor:

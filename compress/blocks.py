@@ -179,12 +179,11 @@ class _BlockQuantizer:
         return self.state
 
     def _groups(self) -> list[ScaleGroup]:
-        stream = self.calibration or self.verify
-        hidden = stream.hidden[0]
+        hidden = self.verify.hidden[0]
 
         def run(module: nn.Module) -> Tensor:
             # what the block adds: a fold that is wrong must not hide behind the residual stream
-            return stream.forward(module, self.index, hidden) - hidden.to(stream.device)
+            return self.verify.forward(module, self.index, hidden) - hidden
 
         find = find_scale_groups if self.config.transform is Transform.AWQ else shared_input_groups
         return find(self.block, run)

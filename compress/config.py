@@ -84,7 +84,7 @@ class AwqConfig:
     clip: bool = True
     clip_grid: int = 10
     clip_max_shrink: float = 0.5
-    search_tokens: int = 4096
+    search_tokens: int = 2048
 
     def __post_init__(self) -> None:
         _positive("awq", n_grid=self.n_grid, clip_grid=self.clip_grid, search_tokens=self.search_tokens)
@@ -137,8 +137,8 @@ class QuantConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Where calibration tokens come from: `path` (a text or .jsonl file), `dataset` (a hub id), or, when
-    neither is given, the texts shipped for the embedded model."""
+    """Where calibration tokens come from: `path` (a text or .jsonl file) or `dataset` (a hub id). With neither, the
+    texts shipped for the embedded model, or WikiText-2 from the hub for a model with another tokenizer."""
 
     path: Optional[str] = None
     dataset: Optional[str] = None
@@ -147,8 +147,7 @@ class CalibrationConfig:
     text_column: str = "text"
     n_sequences: int = 128
     sequence_length: int = 512
-    batch_size: int = 8
-    seed: int = 0
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         _positive(
@@ -197,7 +196,7 @@ class EvalConfig:
     """Quality of the reloaded artifact: KL to the original on held-out tokens, and lm-eval tasks."""
 
     enabled: bool = True
-    # text for KL and perplexity; without it the held-out texts shipped for the embedded model
+    # text for KL and perplexity; without it as for calibration
     path: Optional[str] = None
     dataset: Optional[str] = None
     dataset_config: Optional[str] = None
@@ -206,7 +205,8 @@ class EvalConfig:
     n_sequences: int = 64
     sequence_length: int = 512
     batch_size: int = 8
-    tasks: list[str] = field(default_factory=lambda: ["compress_minimal_pairs", "compress_heldout"])
+    # lm-eval task names; default: the shipped minimal pairs, and for the embedded model its held-out texts
+    tasks: Optional[list[str]] = None
     include_path: Optional[str] = None
     limit: Optional[int] = None
     task_batch_size: int = 64
@@ -269,7 +269,6 @@ class RunConfig:
     # default: <output_dir>/<model>/<name>-<fingerprint of what decides the weights>
     run_dir: Optional[str] = None
     force: bool = False
-    seed: int = 0
     quant: QuantConfig = field(default_factory=QuantConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)

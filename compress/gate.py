@@ -198,7 +198,7 @@ def _read_baseline(path: Path) -> dict[str, Any]:
                 raise ValueError("a metric is not finite")
         missing = [key for key in (*_IDENTITY, "metrics") if key not in data]
         missing += [f"metrics.{key}" for key in ("kl", "ppl", "top1", "weight_bytes") if key not in data["metrics"]]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise ConfigError(f"gate.baseline={path} is not a baseline ({error!r}); {remedy}") from error
     if missing:
         raise ConfigError(f"gate.baseline={path} lacks {', '.join(missing)}; {remedy}")

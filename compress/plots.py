@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compress.frontier import Frontier, RunPoint, latency_of, lower_envelope
-from compress.labels import Box, place_labels
+from compress.labels import Box, kl_ticks, place_labels
 from compress.record import Record
 from compress.units import byte_unit
 
@@ -49,7 +51,7 @@ def frontier_png(record: Record, frontier: Frontier) -> bytes:
         else:
             axes.text(0.5, 0.5, "no comparable measurement", transform=axes.transAxes, ha="center", color=_FAINT)
             axes.set(xticks=[], yticks=[])
-    by_size.set_ylabel("KL to the unquantized model (nats a token)", color=_INK)
+    by_size.set_ylabel("KL (nats a token, square-root scale)", color=_INK)
     figure.suptitle(_plain(f"{record['model']} on {record['environment']['device_name']}"), color=_INK, fontsize=11)
     figure.canvas.draw()  # fixes the layout; label sizes in pixels are known only afterwards
     for axes, points, xs, _ in panels:
@@ -73,7 +75,16 @@ def _style(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
     axes.tick_params(colors=_INK, labelsize=9, length=0)
-    axes.margins(x=0.16, y=0.16)
+    axes.margins(x=0.16)
+
+
+def _signed_sqrt(values: Any) -> Any:
+    """Square root that goes on below zero, where the axis starts."""
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _signed_square(values: Any) -> Any:
+    return np.sign(values) * np.square(values)
 
 
 def _scatter(axes: Axes, points: Sequence[RunPoint], xs: list[float], this: RunPoint | None) -> None:
@@ -82,9 +93,22 @@ def _scatter(axes: Axes, points: Sequence[RunPoint], xs: list[float], this: RunP
     axes.step(
         [x for x, _ in envelope], [y for _, y in envelope], where="post", color=_FAINT, linewidth=1, linestyle=":"
     )
+    highest = max(p.kl + 2 * p.kl_stderr for p in points) or 1.0
+    axes.set_yscale("function", functions=(_signed_sqrt, _signed_square))
+    axes.set_ylim(_signed_square(-0.07 * highest**0.5), _signed_square(1.16 * highest**0.5))
+    ticks = kl_ticks(max(p.kl for p in points))
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     for x, point in zip(xs, points, strict=True):
         colour = _ACCENT if point is this else _INK if point.on_frontier else _FAINT
-        axes.errorbar(x, point.kl, yerr=2 * point.kl_stderr, color=colour, linewidth=1, capsize=0, zorder=2)
+        axes.errorbar(
+            x,
+            point.kl,
+            yerr=[[min(point.kl, 2 * point.kl_stderr)], [2 * point.kl_stderr]],
+            color=colour,
+            linewidth=1,
+            capsize=0,
+            zorder=2,
+        )
         face = colour if point.on_frontier else "white"
         axes.plot(x, point.kl, "o", markersize=7, markerfacecolor=face, markeredgecolor=colour, zorder=3)
 

@@ -80,7 +80,7 @@ def _verified_artifact(record: Record) -> Path:
 
 def _manifest_problem(path: Path) -> str | None:
     """What is wrong with the files under `path`, or None when they match their manifest."""
-    from compress.artifact import check_manifest  # pulls in torch
+    from compress.artifact import check_manifest  # imports torch
 
     try:
         check_manifest(path)
@@ -153,7 +153,8 @@ def _upload(record: Record, artifact: Path, repo_id: str, private: bool, api: Hu
 
     # HfHubHTTPError derives from the HTTP library's own error, whichever that is in this version, and connection
     # failures are that library's too
-    network = (OSError, *(base for base in hub.HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+    connection = [base for base in hub.HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    network: tuple[type[Exception], ...] = (OSError, *connection)
     if api is None:
         from huggingface_hub import HfApi
 

@@ -158,10 +158,10 @@ def choose_qparams(
     Raises:
         NumericalError: the weight holds NaN or Inf, or its range does not fit scale_dtype.
     """
-    if not torch.isfinite(weight).all():
-        raise NumericalError("weight holds NaN or Inf; the source checkpoint is broken, quantizing it would hide that")
     groups = group_view(weight.float(), scheme)
-    low, high = groups.amin(-1), groups.amax(-1)
+    low, high = groups.amin(-1), groups.amax(-1)  # NaN and Inf show in the extremes
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NumericalError("weight holds NaN or Inf; the source checkpoint is broken, quantizing it would hide that")
     scale, zero = _range_to_qparams(low, high, scheme, scale_dtype)
     if scheme.observer is Observer.ABSMAX:
         return scale, zero

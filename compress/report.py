@@ -142,7 +142,7 @@ def print_summary(record: Record, frontier: Frontier, console: Console, gate: Ga
     if record["quality"] is not None and record["quality"]["tasks"]:
         parts.append(_task_table(record))
     if record["speed"] is not None:
-        parts.append(_speed_table(record))
+        parts.append(_speed_table(record, wide=console.width >= 110))
     if worst_layers(record):
         parts.append(_layer_table(record))
     if frontier.points:
@@ -211,23 +211,24 @@ def _task_table(record: Record) -> Table:
     return table
 
 
-def _speed_table(record: Record) -> Table:
+def _speed_table(record: Record, wide: bool) -> Table:
+    """Percentiles and roofline only where there is room; the report has them all."""
     device = record["environment"]["device_name"]
     title = Text(f"\nSpeed on {device}, against the unquantized model in the same process", style="bold")
-    table = _table("", "phase", "batch", "p50", "p95", "p99", "tokens/s", "original p50", "speedup", "of roofline")
+    more = ("p95", "p99", "of roofline") if wide else ()
+    table = _table("", "phase", "batch", "original p50", "p50", "speedup", "tokens/s", *more)
     table.title = title
     for row in record["speed"]["rows"]:
         style = "red" if row["speedup"] < 1 else ""
+        extra = (format_ms(row["p95_ms"]), format_ms(row["p99_ms"]), format_share(row["roofline_fraction"]))
         table.add_row(
             row["phase"],
             str(row["batch"]),
-            format_ms(row["p50_ms"]),
-            format_ms(row["p95_ms"]),
-            format_ms(row["p99_ms"]),
-            format_count(row["tokens_per_s"]),
             format_ms(row["reference_p50_ms"]),
+            format_ms(row["p50_ms"]),
             Text(f"{row['speedup']:.2f}x", style=style),
-            format_share(row["roofline_fraction"]),
+            format_count(row["tokens_per_s"]),
+            *(extra if wide else ()),
         )
     return table
 
@@ -236,8 +237,8 @@ def _layer_table(record: Record) -> Table:
     measured = sum(1 for layer in record["layers"] if layer["error"] is not None)
     table = _table(f"\nWorst of {measured} quantized layers", "layer", "relative error", "round-to-nearest", "scheme")
     for layer in worst_layers(record):
-        rtn = f"{layer['error_rtn']:.3g}" if layer["error_rtn"] is not None else "–"
-        table.add_row(Text(layer["name"]), f"{layer['error']:.3g}", rtn, Text(str(layer.get("scheme") or "–")))
+        rtn = f"{layer['error_rtn']:#.3g}" if layer["error_rtn"] is not None else "–"
+        table.add_row(Text(layer["name"]), f"{layer['error']:#.3g}", rtn, Text(str(layer.get("scheme") or "–")))
     return table
 
 

@@ -50,7 +50,7 @@ def format_ms(milliseconds: float | None) -> str:
         return "–"
     if milliseconds >= 10_000:
         return f"{milliseconds / 1000:.1f} s"
-    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:#.3g} ms"
 
 
 def format_seconds(seconds: float) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 Figure = dict[str, Any]
 
+FONT = "system-ui, -apple-system, Segoe UI, sans-serif"
+
 
 def plot_text(value: str) -> str:
     """A string of the record for a plotly label; plotly reads a subset of HTML in those."""
@@ -32,15 +34,15 @@ def layout(xaxis: dict[str, Any], yaxis: dict[str, Any], **extra: Any) -> dict[s
     return {
         "xaxis": xaxis,
         "yaxis": yaxis,
-        "margin": {"l": 56, "r": 12, "t": 34, "b": 48},
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12, "color": "var(--muted)"},
+        "font": {"family": FONT, "size": 12, "color": "var(--muted)"},
         "hoverlabel": {
             "bgcolor": "var(--card)",
             "bordercolor": "var(--line)",
             "align": "left",
-            "font": {"color": "var(--ink)", "size": 12},
+            "font": {"family": FONT, "color": "var(--ink)", "size": 12},
         },
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
         "hovermode": "closest",

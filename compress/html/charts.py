@@ -35,54 +35,56 @@ def _speed(record: Record, phase: str) -> Figure | None:
     rows = [row for row in record["speed"]["rows"] if row["phase"] == phase] if record["speed"] else []
     if not rows:
         return None
-    traces = []
+    traces: list[Figure] = []
     for name, prefix, shift, colour in (
         ("unquantized", "reference_", -0.2, "var(--faint)"),
         ("compressed", "", 0.2, "var(--accent)"),
     ):
-        xs = [i + shift for i in range(len(rows))]
-        p50, p95, p99 = ([row[f"{prefix}{p}_ms"] for row in rows] for p in ("p50", "p95", "p99"))
-        hover = [
-            f"<b>{name}</b>, {phase}, batch {row['batch']}<br>p50 {format_ms(a)}<br>p95 {format_ms(b)}"
-            f"<br>p99 {format_ms(c)}<br>{format_count(row[f'{prefix}tokens_per_s'])} tokens/s"
-            for row, a, b, c in zip(rows, p50, p95, p99, strict=True)
-        ]
-        traces.append(
-            {
-                "type": "bar",
-                "name": name,
-                "x": xs,
-                "y": p50,
-                "width": 0.36,
-                "marker": {"color": colour},
-                "hovertext": hover,
-                "hoverinfo": "text",
-                "textposition": "none",
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [max(0.0, c - a) for a, c in zip(p50, p99, strict=True)],
-                    "arrayminus": [0] * len(rows),
-                    "thickness": 1.2,
-                    "width": 0,
-                    "color": "var(--muted)",
-                },
-            }
-        )
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": xs,
-                "y": p95,
-                "marker": {"symbol": "line-ew", "size": 11, "line": {"width": 1.5, "color": "var(--muted)"}},
-                "hoverinfo": "skip",
-                "showlegend": False,
-            }
-        )
+        traces += _latency_bars(rows, name, prefix, shift, colour)
     ticks = {"tickvals": list(range(len(rows))), "ticktext": [f"batch {row['batch']}" for row in rows]}
     xaxis = axis("", showgrid=False, range=[-0.6, len(rows) - 0.4], **ticks)
     return {"data": traces, "layout": layout(xaxis, axis(f"{phase} latency (ms)", rangemode="tozero"), bargap=0)}
+
+
+def _latency_bars(rows: list[dict[str, Any]], name: str, prefix: str, shift: float, colour: str) -> list[Figure]:
+    """Median bars with whiskers to p99, and dashes at p95."""
+    xs = [i + shift for i in range(len(rows))]
+    p50, p95, p99 = ([row[f"{prefix}{p}_ms"] for row in rows] for p in ("p50", "p95", "p99"))
+    hover = [
+        f"<b>{name}</b>, {row['phase']}, batch {row['batch']}<br>p50 {format_ms(a)}<br>p95 {format_ms(b)}"
+        f"<br>p99 {format_ms(c)}<br>{format_count(row[f'{prefix}tokens_per_s'])} tokens/s"
+        for row, a, b, c in zip(rows, p50, p95, p99, strict=True)
+    ]
+    bars = {
+        "type": "bar",
+        "name": name,
+        "x": xs,
+        "y": p50,
+        "width": 0.36,
+        "marker": {"color": colour},
+        "hovertext": hover,
+        "hoverinfo": "text",
+        "textposition": "none",
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(0.0, c - a) for a, c in zip(p50, p99, strict=True)],
+            "arrayminus": [0] * len(rows),
+            "thickness": 1.2,
+            "width": 0,
+            "color": "var(--muted)",
+        },
+    }
+    dashes = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": xs,
+        "y": p95,
+        "marker": {"symbol": "line-ew", "size": 11, "line": {"width": 1.5, "color": "var(--muted)"}},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    return [bars, dashes]
 
 
 def _roofline(record: Record) -> Figure | None:

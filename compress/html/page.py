@@ -21,20 +21,22 @@ main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 48px 0 4px; letter-spacing: -0.005em; }
 h3 { font-size: 13px; font-weight: 600; margin: 0 0 8px; }
-p { margin: 0 0 12px; max-width: 76ch; }
+p { margin: 0 0 12px; max-width: 110ch; }
 .lead, .note { color: var(--muted); }
 .note { font-size: 13px; }
 .lead span { white-space: nowrap; }
-.lead span + span::before { content: "·"; margin: 0 8px; color: var(--faint); }
+.lead span:not(:last-child)::after { content: "·"; margin: 0 8px; color: var(--faint); }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 code { overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   overflow-x: auto; margin: 8px 0 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 12px; margin: 28px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 12px; margin: 28px 0 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px; min-width: 0; }
-.tile b { display: block; font-size: 25px; line-height: 1.25; font-weight: 600; letter-spacing: -0.01em;
+.tile b { display: block; font-size: 24px; line-height: 1.3; font-weight: 600; letter-spacing: -0.01em;
   font-variant-numeric: tabular-nums; }
-.tile span { display: block; color: var(--muted); font-size: 13px; }
+.tile span { display: block; font-size: 13px; font-weight: 600; line-height: 1.4; }
+.tile small { display: block; font-size: 12.5px; color: var(--muted); line-height: 1.4; margin-top: 4px;
+  overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px; margin: 12px 0; }
 .chart { height: 360px; }
 .chart.low { height: 300px; }
@@ -46,7 +48,9 @@ th, td { padding: 8px 14px; text-align: left; vertical-align: top; border-bottom
 tr:last-child > td, tr:last-child > th[scope=row] { border-bottom: 0; }
 thead th { font-size: 12px; font-weight: 600; color: var(--muted); white-space: nowrap; background: var(--card); }
 .tall thead th { position: sticky; top: 0; box-shadow: 0 1px 0 var(--line); }
-th[scope=row] { font-weight: 500; }
+th[scope=row] { font-weight: 500; white-space: nowrap; }
+.keep { white-space: nowrap; }
+.wide { min-width: 14em; }
 .num { text-align: right; white-space: nowrap; }
 tr.this > * { background: color-mix(in srgb, var(--accent) 9%, transparent); }
 thead th button { all: unset; cursor: pointer; }
@@ -71,8 +75,9 @@ dd { margin: 0; overflow-wrap: anywhere; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile b { font-size: 21px; }
   .card { padding: 14px 12px; }
-  .chart { height: 310px; }
+  .chart { height: 340px; }
   th, td { padding: 7px 10px; }
+  table:not(.sortable) th[scope=row] { white-space: normal; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: 8px; }
 }
@@ -88,7 +93,6 @@ SCRIPT = """
   "use strict";
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const coarse = matchMedia("(pointer: coarse)");
-  const narrow = matchMedia("(max-width: 760px)");
 
   // "var(--accent)" -> its value under the reader's colour scheme, anywhere in a specification
   function resolve(value, style) {
@@ -108,7 +112,6 @@ SCRIPT = """
     for (const [id, figure] of Object.entries(figures)) {
       const { data, layout } = resolve(figure, style);
       if (coarse.matches) layout.dragmode = false; // a finger that scrolls the page must not zoom the plot
-      if (narrow.matches) layout.margin = { ...layout.margin, l: 44, r: 8 };
       Plotly.react(id, data, layout, { responsive: true, displayModeBar: false });
     }
   }

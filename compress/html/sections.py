@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from compress.frontier import Frontier
@@ -25,7 +26,7 @@ def header(record: Record) -> str:
         record["finished"],
         f"compress {record['compress_version']}",
     ]
-    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    spans = " ".join(f"<span>{escape(fact)}</span>" for fact in facts)
     title = f'{escape(record["name"])} <span class="dim">of</span> {escape(record["model"])}'
     return f'<h1>{title}</h1><p class="lead">{spans}</p>'
 
@@ -56,11 +57,11 @@ def tiles(record: Record, gate: GateResult | None) -> str:
         verified = ("no", "verified", "do not ship this artifact", "bad")
     shown.append(verified)
     if gate is not None:
-        detail = f"against {gate.baseline_path}"
+        detail = f"against {Path(gate.baseline_path).name}"
         shown.append(("passed", "gate", detail, "good") if gate.passed else ("failed", "gate", detail, "bad"))
     cards = "".join(
-        f'<div class="card tile"><span>{escape(name)}</span><b class="{css}">{escape(value)}</b>'
-        f"<span>{escape(detail)}</span></div>"
+        f'<div class="card tile"><b class="{css}">{escape(value)}</b><span>{escape(name)}</span>'
+        f"<small>{escape(detail)}</small></div>"
         for value, name, detail, css in shown
     )
     return f'<div class="tiles">{cards}</div>'
@@ -96,25 +97,27 @@ def frontier_section(record: Record, frontier: Frontier, figures: dict[str, Figu
     )
     this = frontier.point_of(record)
     rows = []
+    devices = {p.latency.device_name for p in frontier.points if p.latency}
     for p in frontier.points:
         latency = format_ms(p.latency.p50_ms) if p.latency else "not measured"
+        if p.latency and len(devices) > 1:
+            latency += f" on {p.latency.device_name}"
         cells = [
-            table_cell(p.scheme),
+            table_cell(p.scheme, "keep"),
             table_cell(format_stderr(p.kl, p.kl_stderr), "num", p.kl),
             table_cell(format_stderr(p.ppl, p.ppl_stderr), "num", p.ppl),
             table_cell(format_bytes(p.weight_bytes), "num", p.weight_bytes),
             table_cell(f"{p.bits_per_weight:.2f}", "num", p.bits_per_weight),
             table_cell(latency, "num", p.latency.p50_ms if p.latency else None),
-            table_cell(p.latency.device_name if p.latency else "–"),
-            table_cell(verdict(frontier, p), "" if p.on_frontier else "dim"),
+            table_cell(verdict(frontier, p), "wide" if p.on_frontier else "wide dim"),
         ]
         rows.append(table_row(p.label, cells, "this" if p is this else ""))
-    columns = ("run", "scheme", "#KL", "#perplexity", "#weights", "#bits", "#decode p50", "device", "verdict")
+    columns = ("run", "scheme", "#KL", "#perplexity", "#weights", "#bits", "#decode p50", "verdict")
     table = html_table(columns, rows, "sortable") if rows else "<p>No run could be compared.</p>"
     apart = ""
     if frontier.incomparable:
         lines = [f"{run.name}: {run.reason}" for run in frontier.incomparable]
-        apart = f"<details><summary>{len(lines)} runs not comparable with this one</summary>{bullets(lines)}</details>"
+        apart = f"<details><summary>Not comparable with this run: {len(lines)}</summary>{bullets(lines)}</details>"
     return (
         "<h2>Frontier</h2><p class='note'>Every finished run of this model on this evaluation. Lower is better on each "
         "axis; whiskers are ± 2 standard errors. A run is dominated when another is no worse in KL, weight bytes and "
@@ -178,23 +181,6 @@ def speed_section(record: Record, figures: dict[str, Figure]) -> str:
     speed = record["speed"]
     if speed is None:
         return ""
-    rows = []
-    for r in speed["rows"]:
-        shape = f"{r['prompt_tokens']} + {r['decode_tokens']}"
-        cells = [
-            number_cell(str(r["batch"])),
-            number_cell(shape),
-            *[
-                number_cell(f"{format_ms(r[f'reference_{p}_ms'])} → {format_ms(r[f'{p}_ms'])}")
-                for p in ("p50", "p95", "p99")
-            ],
-            number_cell(f"{format_count(r['reference_tokens_per_s'])} → {format_count(r['tokens_per_s'])}"),
-            table_cell(f"{r['speedup']:.2f}×", "num bad" if r["speedup"] < 1 else "num"),
-            number_cell(f"{format_share(r['reference_roofline_fraction'])} → {format_share(r['roofline_fraction'])}"),
-            number_cell(f"{format_bytes(r['reference_peak_memory_bytes'])} → {format_bytes(r['peak_memory_bytes'])}"),
-        ]
-        rows.append(table_row(r["phase"], cells))
-    columns = ("phase", "#batch", "#tokens", "#p50", "#p95", "#p99", "#tokens/s", "#speedup", "#of roofline", "#memory")
     conditions = [str(speed.get("backend") or record["environment"]["device_name"])]
     if speed.get("mode"):
         conditions.append(str(speed["mode"]))
@@ -203,12 +189,41 @@ def speed_section(record: Record, figures: dict[str, Figure]) -> str:
     charts = chart_card("speed-prefill", "Prefill", figures, "chart low") + chart_card(
         "speed-decode", "Decode", figures, "chart low"
     )
-    roofline = chart_card("roofline", "Roofline", figures)
+    times = ("phase", "#batch", "#tokens", "#p50", "#p95", "#p99", "#tokens/s", "#speedup")
+    work = ("phase", "#batch", "#bytes moved", "#flop/byte", "#of roofline", "#peak memory")
     return (
         f"<h2>Speed</h2><p class='note'>{escape('; '.join(conditions))}. Unquantized and compressed alternate in one "
         "process. Bars are medians, dashes p95, whiskers reach p99. Tokens are prompt + decoded; arrows read "
-        f"unquantized → compressed.</p><div class='grid'>{charts}</div>{html_table(columns, rows)}{roofline}"
+        f"unquantized → compressed.</p><div class='grid'>{charts}</div>"
+        + html_table(times, [_time_row(r) for r in speed["rows"]])
+        + chart_card("roofline", "Roofline", figures)
+        + html_table(work, [_work_row(r) for r in speed["rows"]])
     )
+
+
+def _time_row(r: dict[str, Any]) -> str:
+    cells = [
+        number_cell(str(r["batch"])),
+        number_cell(f"{r['prompt_tokens']} + {r['decode_tokens']}"),
+        *[
+            number_cell(f"{format_ms(r[f'reference_{p}_ms'])} → {format_ms(r[f'{p}_ms'])}")
+            for p in ("p50", "p95", "p99")
+        ],
+        number_cell(f"{format_count(r['reference_tokens_per_s'])} → {format_count(r['tokens_per_s'])}"),
+        table_cell(f"{r['speedup']:.2f}×", "num bad" if r["speedup"] < 1 else "num"),
+    ]
+    return table_row(r["phase"], cells)
+
+
+def _work_row(r: dict[str, Any]) -> str:
+    cells = [
+        number_cell(str(r["batch"])),
+        number_cell(f"{format_bytes(r.get('reference_bytes_moved'))} → {format_bytes(r['bytes_moved'])}"),
+        number_cell("–" if r["intensity"] is None else f"{r['intensity']:#.3g}"),
+        number_cell(f"{format_share(r['reference_roofline_fraction'])} → {format_share(r['roofline_fraction'])}"),
+        number_cell(f"{format_bytes(r['reference_peak_memory_bytes'])} → {format_bytes(r['peak_memory_bytes'])}"),
+    ]
+    return table_row(r["phase"], cells)
 
 
 def layers_section(record: Record, figures: dict[str, Figure]) -> str:
@@ -218,10 +233,10 @@ def layers_section(record: Record, figures: dict[str, Figure]) -> str:
     for layer in record["layers"]:
         error, rtn, damping = layer["error"], layer["error_rtn"], layer.get("damping")
         cells = [
-            table_cell(str(layer.get("scheme") or "–")),
+            table_cell(str(layer.get("scheme") or "–"), "keep"),
             table_cell(layer["status"]),
-            table_cell("–" if error is None else f"{error:.4g}", "num", error if error is not None else -1.0),
-            table_cell("–" if rtn is None else f"{rtn:.4g}", "num", rtn if rtn is not None else -1.0),
+            table_cell("–" if error is None else f"{error:#.3g}", "num", error if error is not None else -1.0),
+            table_cell("–" if rtn is None else f"{rtn:#.3g}", "num", rtn if rtn is not None else -1.0),
             table_cell("–" if damping is None else f"{damping:.3g}", "num", damping if damping is not None else -1.0),
             table_cell(layer["fallback"] or "–", "warn" if layer["fallback"] else "dim"),
         ]

@@ -100,7 +100,9 @@ def write_texts(directory: Path, seed: int = SEED) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m compress.reference.sample", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m compress.reference.sample", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "texts")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()

@@ -1,0 +1,305 @@
+"""The artifact: a compressed-tensors `pack-quantized` checkpoint beside its tokenizer and a manifest.
+
+    config.json            the source's, plus quantization_config
+    model.safetensors      or shards and an index: packed linears, everything else as in the source
+    manifest.json          source model and hash, recipe, calibration hash, versions, per-tensor sha256, what
+                           became of every source tensor, layer reports; no clock, so equal runs give equal bytes
+    tokenizer, chat template, generation config: copied byte for byte
+
+transformers (with the compressed-tensors package), vLLM and SGLang read it. A model whose linears are GPT-2's
+transposed Conv1D has no place in that format, whose readers would silently start such layers from random
+numbers, so its artifact names `compress` as its quantization method and other readers refuse it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.atomic import disk_errors, sync_directory, write_json
+from compress.checkpoint import encode, load_block
+from compress.errors import ArtifactError
+from compress.models import LoadedModel, is_transposed
+from compress.quant import Granularity, QuantScheme
+from compress.source import COMPANION_FILES
+
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+CT_METHOD, OWN_METHOD = "compressed-tensors", "compress"
+
+
+@dataclass
+class ArtifactFacts:
+    """What the manifest says beyond the tensors themselves; JSON values."""
+
+    model: str
+    source_sha256: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any] | None
+    versions: dict[str, str]
+    layers: list[dict[str, Any]]
+
+
+def save_artifact(loaded: LoadedModel, checkpoints: Path, out: Path, facts: ArtifactFacts) -> dict[str, Any]:
+    """Assemble the artifact from block checkpoints and untouched source tensors; returns the manifest.
+
+    Written beside `out` and renamed, so `out` is whole or absent; an older artifact there is replaced.
+
+    Raises:
+        ArtifactError: a source tensor that is neither quantized, kept, folded, tied nor unused.
+        EnvironmentProblem: the disk is full or read-only.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    with disk_errors(out):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        accounting: dict[str, dict[str, Any]] = {}
+        schemes: dict[str, QuantScheme] = {}
+        tensors = _write_shards(_artifact_tensors(loaded, checkpoints, accounting, schemes), temporary)
+        _account(loaded, accounting)
+        config = dict(loaded.source.config)
+        transposed = any(is_transposed(m) for b in loaded.blocks for m in b.linears.values())
+        config["quantization_config"] = quantization_config(loaded, schemes, OWN_METHOD if transposed else CT_METHOD)
+        write_json(temporary / "config.json", config)
+        for name in COMPANION_FILES:
+            if (loaded.source.path / name).is_file():
+                shutil.copyfile(loaded.source.path / name, temporary / name)
+        manifest = {
+            "schema": 1,
+            "model": facts.model,
+            "source_sha256": facts.source_sha256,
+            "recipe": facts.recipe,
+            "calibration": facts.calibration,
+            "versions": facts.versions,
+            "tensors": tensors,
+            "source_tensors": accounting,
+            "layers": facts.layers,
+            "files": {p.name: _sha256_file(p) for p in sorted(temporary.iterdir()) if p.suffix != ".safetensors"},
+        }
+        write_json(temporary / MANIFEST, manifest)
+        replace_directory(temporary, out)
+    return manifest
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Put directory `new` at `target`; an older `target` is moved aside first and removed after."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _artifact_tensors(
+    loaded: LoadedModel, checkpoints: Path, accounting: dict[str, dict[str, Any]], schemes: dict[str, QuantScheme]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the artifact under its on-disk name, one block in memory at a time."""
+    replaced: dict[str, str] = {}
+    for index, block in enumerate(loaded.blocks):
+        state = load_block(checkpoints, index)
+        if state is None:
+            raise ArtifactError(f"the checkpoint of {block.name} is gone from {checkpoints}; run again, it is redone")
+        for local, quantized in state.quantized.items():
+            source = loaded.source_names[f"{block.name}.{local}.weight"]
+            stem = source.removesuffix("weight")
+            parts = {f"{stem}{suffix}": value for suffix, value in encode(quantized).items()}
+            accounting[source] = {"status": "quantized", "as": sorted(parts)}
+            schemes[f"{block.name}.{local}"] = quantized.scheme
+            replaced[source] = "quantized"
+            yield from parts.items()
+        for local, value in state.changed.items():
+            source = loaded.source_names[f"{block.name}.{local}"]
+            accounting[source] = {"status": "folded", "as": [source]}
+            replaced[source] = "folded"
+            yield source, value
+    for parameter, source in loaded.source_names.items():
+        if source in replaced:
+            continue
+        if parameter in loaded.tied:
+            accounting[source] = {"status": "tied", "as": [loaded.source_names[loaded.tied[parameter]]]}
+            continue
+        accounting[source] = {"status": "kept", "as": [source]}
+        yield source, loaded.source.tensor(source)
+
+
+def _account(loaded: LoadedModel, accounting: dict[str, dict[str, Any]]) -> None:
+    for name, why in loaded.unused.items():
+        accounting[name] = {"status": "unused", "why": why}
+    lost = sorted(set(loaded.source.names()) - set(accounting))
+    if lost:
+        raise ArtifactError(f"{len(lost)} source tensors are unaccounted for, first {lost[0]}; this is a bug")
+
+
+def _write_shards(stream: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Write tensors in shards of at most MAX_SHARD_BYTES; returns sha256, dtype and shape by name."""
+    described: dict[str, dict[str, Any]] = {}
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        shards.append(sorted(pending))
+        save_file(pending, folder / f"shard-{len(shards):05d}", metadata={"format": "pt"})
+        pending, pending_bytes = {}, 0
+
+    for name, value in stream:
+        value = value.detach().cpu().contiguous()
+        if pending and pending_bytes + value.nbytes > MAX_SHARD_BYTES:
+            flush()
+        pending[name] = value
+        pending_bytes += value.nbytes
+        total += value.nbytes
+        described[name] = {
+            "sha256": tensor_sha256(value),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+        }
+    flush()
+    if len(shards) == 1:
+        os.replace(folder / "shard-00001", folder / "model.safetensors")
+        return described
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"shard-{i:05d}", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return described
+
+
+def quantization_config(loaded: LoadedModel, schemes: dict[str, QuantScheme], method: str) -> dict[str, Any]:
+    """The `quantization_config` section of config.json for linears by full name.
+
+    The most frequent scheme targets the class Linear; other schemes name their linears one by one.
+    """
+    import compressed_tensors
+
+    by_scheme: dict[QuantScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    ordered = sorted(by_scheme.items(), key=lambda item: -len(item[1]))
+    groups = {}
+    for i, (scheme, names) in enumerate(ordered):
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(ordered) == 1 else sorted(names),
+            "weights": {
+                "num_bits": scheme.bits,
+                "type": "int",
+                "symmetric": scheme.symmetric,
+                "strategy": scheme.granularity.value,
+                "group_size": scheme.group_size if scheme.granularity is Granularity.GROUP else None,
+                "dynamic": False,
+                "actorder": None,
+                "observer": "minmax",
+                "observer_kwargs": {},
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    linears = [n for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear)]
+    return {
+        "quant_method": method,
+        "version": compressed_tensors.__version__,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "ignore": sorted(n for n in linears if n not in schemes),
+        "config_groups": groups,
+    }
+
+
+def check_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest and check every tensor and companion file against it.
+
+    Raises:
+        ArtifactError: no manifest, or anything missing, added or changed.
+    """
+    manifest = _read_object(path / MANIFEST)
+    described = manifest.get("tensors", {})
+    for name, digest in manifest.get("files", {}).items():
+        if not (path / name).is_file():
+            raise ArtifactError(f"{path / name} is in the manifest but missing; copy the artifact again")
+        if _sha256_file(path / name) != digest:
+            raise ArtifactError(f"{path / name} differs from the manifest's sha256; copy the artifact again")
+    seen = set()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for shard in sorted(path.glob("*.safetensors")):
+            tensors = read_shard(shard)
+            digests = pool.map(tensor_sha256, tensors.values())
+            for name, digest in zip(tensors, digests, strict=True):
+                if name not in described:
+                    raise ArtifactError(f"{shard.name} holds {name}, which the manifest does not know")
+                if digest != described[name]["sha256"]:
+                    raise ArtifactError(
+                        f"tensor {name} in {shard.name} differs from the manifest's sha256: the file was damaged "
+                        "or edited after it was saved; copy or build the artifact again"
+                    )
+                seen.add(name)
+    lost = sorted(set(described) - seen)
+    if lost:
+        raise ArtifactError(f"{path} lacks tensor {lost[0]} ({len(lost)} missing); copy the artifact again")
+    return manifest
+
+
+def read_shard(shard: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, mapped."""
+    try:
+        with safe_open(shard, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{shard} is truncated or not a safetensors file ({error})") from error
+
+
+def tensor_sha256(value: Tensor) -> str:
+    return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; is {path.parent} an artifact of this project?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest as it stands, unchecked.
+
+    Raises:
+        ArtifactError: it is missing or not JSON.
+    """
+    return _read_object(path / MANIFEST)
+
+
+def manifest_sha256(path: Path) -> str:
+    """One hash for the whole artifact: the manifest holds the hash of everything else."""
+    return _sha256_file(path / MANIFEST)

@@ -1,0 +1,86 @@
+"""Memory a run will need, said before the first block instead of found out in the last."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import EnvironmentProblem
+from compress.models import LoadedModel
+from compress.plan import Plan
+
+
+@dataclass
+class Forecast:
+    """Bytes at the peak of quantization: on the compute device, in host memory (activations kept there), on disk."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, dtype: torch.dtype) -> Forecast:
+    """Estimate the peak from shapes alone.
+
+    The device holds the largest block in the compute dtype and as float32 masters, a copy while it is quantized,
+    the Hessians of its inputs (float32, and three float64 of the widest while one is inverted), and a batch of
+    activations; the embedding and head are there before and after the blocks, not with them.
+    """
+    largest = max(sum(p.numel() for p in b.module.parameters()) for b in loaded.blocks)
+    widths = {p.k for p in plan.linears if p.block == 0}
+    hidden = int(loaded.model.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
+    widest = max((p.n for p in plan.linears if p.block == 0), default=hidden)
+    outside = sum(loaded.model.get_parameter(n).numel() for n in loaded.outside_blocks() if n not in loaded.tied)
+    hessians = 4 * sum(w * w for w in widths) + 3 * 8 * max(widths, default=0) ** 2 if n_tokens else 0
+    activations = batch_tokens * (hidden * 4 + widest * 4) * dtype.itemsize
+    in_blocks = largest * (dtype.itemsize + 3 * 4) + hessians + activations
+    device = max(in_blocks, outside * dtype.itemsize)
+    host = n_tokens * hidden * dtype.itemsize
+    total = sum(p.numel() for _, p in loaded.model.named_parameters())
+    return Forecast(device, host, 2 * total * loaded.dtype.itemsize)
+
+
+def check_forecast(plan: Forecast, device: torch.device, out: Path) -> None:
+    """Stop now if it cannot fit.
+
+    Raises:
+        EnvironmentProblem: names what is needed, what is there, and which setting lowers it.
+    """
+    free_host = _available_memory_bytes()
+    on_host = plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
+    if free_host is not None and on_host > free_host:
+        raise EnvironmentProblem(
+            f"quantizing needs about {on_host / 1e9:.1f} GB of memory, {free_host / 1e9:.1f} GB are free; "
+            "lower calibration.n_sequences or calibration.sequence_length"
+        )
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if plan.device_bytes > free:
+            raise EnvironmentProblem(
+                f"quantizing needs about {plan.device_bytes / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free; "
+                "lower calibration.batch_size, free the GPU, or set device=cpu"
+            )
+    free_disk = shutil.disk_usage(out).free
+    if plan.disk_bytes > free_disk:
+        raise EnvironmentProblem(
+            f"checkpoints and artifact may take {plan.disk_bytes / 1e9:.1f} GB, {free_disk / 1e9:.1f} GB are free "
+            f"at {out}; free space or set output_dir=<another disk>"
+        )
+
+
+def _available_memory_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None

@@ -1,0 +1,84 @@
+"""Which path computes y = x W^T: the rules of QuantLinear's Backend.AUTO, as pure functions.
+
+    CUDA, 4 bits, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
+        TRITON up to TRITON_MAX_TOKENS rows of x; above, DEQUANT (one kernel, then cuBLAS)
+    CPU, 4 bits, groups of 32/64/128/256 inputs (or one scale a row), N a multiple of 16, bfloat16 activations:
+        CPU_INT4 up to CPU_INT4_MAX_TOKENS rows of x; above, DEQUANT
+    everything else: DEQUANT
+
+ATen's int4 matmul takes float32 and float16 activations too, but is scalar code there and slower than dequantizing, so
+AUTO never takes it; named explicitly it runs. NOTES.md has the measurements behind the two limits.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+from compress.kernels import cpu_int4
+from compress.quant import Granularity, QuantScheme
+
+CPU_INT4_MAX_TOKENS = 64
+TRITON_MAX_TOKENS = 512
+
+
+class Backend(Enum):
+    """How y = x W^T is computed.
+
+    AUTO: the rules above. REFERENCE: unpack, dequantize in float32, F.linear; the twin of all others.
+    DEQUANT: dense rows in x's dtype from the held form, then a dense matmul. CPU_INT4: ATen's packed int4 matmul.
+    TRITON: the W4A16 kernel. Any but AUTO is used at every M or raises.
+    """
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    DEQUANT = "dequant"
+    CPU_INT4 = "cpu_int4"
+    TRITON = "triton"
+
+
+def backend_problem(
+    backend: Backend, device_type: str, dtype: torch.dtype, scheme: QuantScheme, n: int, k: int
+) -> str | None:
+    """Why `backend` cannot compute x of `dtype` with an [n, k] weight of `scheme` there; None if it can."""
+    if backend not in (Backend.CPU_INT4, Backend.TRITON):
+        return None
+    if scheme.bits != 4:
+        return f"it takes 4-bit weights, not {scheme.bits}"
+    grouped = scheme.granularity is Granularity.GROUP
+    if backend is Backend.CPU_INT4:
+        if device_type != "cpu":
+            return f"it runs on a CPU, not on {device_type}"
+        if n % 16:
+            return f"it needs N a multiple of 16, not {n}"
+        if int4_group(scheme, k) is None:
+            return (
+                f"it needs groups of {sorted(cpu_int4.GROUP_SIZES)} inputs, not {scheme.group_size if grouped else k}"
+            )
+        return None
+    if grouped and scheme.group_size % 32:
+        return f"it needs a group size that is a multiple of 32, not {scheme.group_size}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 or bfloat16 activations, not {dtype}"
+    return None
+
+
+def choose_backend(
+    device_type: str, dtype: torch.dtype, scheme: QuantScheme, shape: tuple[int, int], m: int
+) -> Backend:
+    """What AUTO runs for x [m, K] of `dtype` and a weight of `shape` [N, K]; never AUTO or REFERENCE."""
+    if device_type == "cuda":
+        fused, limit = Backend.TRITON, TRITON_MAX_TOKENS
+    elif device_type == "cpu" and dtype is torch.bfloat16:
+        fused, limit = Backend.CPU_INT4, CPU_INT4_MAX_TOKENS
+    else:
+        return Backend.DEQUANT
+    fits = m <= limit and backend_problem(fused, device_type, dtype, scheme, *shape) is None
+    return fused if fits else Backend.DEQUANT
+
+
+def int4_group(scheme: QuantScheme, k: int) -> int | None:
+    """Group size the CPU int4 matmul can use: the scheme's own, or any divisor of K when a row has one scale."""
+    sizes = (scheme.group_size,) if scheme.granularity is Granularity.GROUP else cpu_int4.GROUP_SIZES
+    return next((g for g in sizes if g in cpu_int4.GROUP_SIZES and k % g == 0), None)

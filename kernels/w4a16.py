@@ -1,0 +1,356 @@
+"""W4A16 matmul in Triton: y[M, N] = x[M, K] W[N, K]^T (+ bias), W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g].
+
+Layout. K is cut into tiles of 128 inputs, a tile into 4 slices of 32. A tile of a row is 32 int16 words, and nibble p
+of word j holds the code of k = 128 * tile + 32 * p + j:
+
+    words[tile, n, j]   int16:  | code[96 + j] | code[64 + j] | code[32 + j] | code[j] |        (+ 128 * tile)
+                        bit      15          12             8              4         0
+
+    words [T, N, 32] int16, T = ceil(K / 128)      one program's rows of one tile are contiguous: 64 bytes a row
+    scale [G, N] float16/bfloat16/float32          zero [G, N] uint8, or None for a symmetric grid (zero = 8)
+
+Extracting nibble p of all words of a tile gives W[n, 128 t + 32 p : + 32] in order, so it meets a contiguous slice of x
+in `tl.dot`: a permutation of K shared by both operands is free, and no join, interleave or transposition is needed. Two
+neighbouring words are one 32-bit register, so one `lop3` dequantizes two weights. Every group size that is a multiple
+of 32 has one scale a slice; from 128 on, one a tile, applied to the float32 accumulator of the tile: weights stay exact
+small integers in the tensor cores, and there is no rounding of scale * code. K beyond the last tile is padded with zero
+codes and x is masked there.
+
+Work split. W is the *left* operand, so a dequantized tile goes from registers straight into the MMA, and M is the MMA's
+N dimension, padded to 16 at least. Program (tile of N, tile of M, split s) reads tiles t = s * per .. of K. With
+SPLIT > 1 partial sums go to a float32 workspace [SPLIT, M, N] and a second kernel adds them in order: the same bits
+every run, no atomics.
+
+            M (BLOCK_M)
+          +-------------+         x^T  [32, BLOCK_M] per slice
+      N   |  acc fp32   |   +=    W    [BLOCK_N, 32] per slice, 4 slices a tile
+          +-------------+
+
+Twin: `compress.kernels.reference.w4a16_linear`. Runs under TRITON_INTERPRET=1 on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compress.errors import ConfigError, EnvironmentProblem
+
+TILE_K = tl.constexpr(128)
+SLICE_K = tl.constexpr(32)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+MIN_CAPABILITY = (8, 0)
+_ACTIVATIONS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class KernelWeight:
+    """A weight in the layout above. group_size counts inputs; for one group a row it is K padded to whole tiles."""
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    n: int
+    k: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and pipeline of one launch. use_asm: inline PTX dequantization instead of plain Triton."""
+
+    block_m: int
+    block_n: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+    use_asm: bool = True
+
+
+def pack_kernel_layout(codes: Tensor, scale: Tensor, zero: Tensor | None) -> KernelWeight:
+    """Codes uint8 [N, K], scale float [N', G], zero uint8 [N', G] or None (symmetric) -> KernelWeight, on their device.
+
+    Raises:
+        ConfigError: a code above 15, or a group size that is not a multiple of 32 (unless G = 1, where any K will do).
+    """
+    n, k = codes.shape
+    groups = scale.shape[1]
+    if codes.dtype is not torch.uint8 or (codes.numel() and int(codes.max()) > 15):
+        raise ConfigError(f"codes are {codes.dtype} with values up to {int(codes.max())}; W4A16 takes uint8 below 16")
+    if groups == 0 or k % groups or (groups > 1 and (k // groups) % SLICE_K.value):
+        raise ConfigError(
+            f"K={k} in {groups} groups: the W4A16 kernel takes groups of a multiple of {SLICE_K.value} inputs, "
+            "or one group a row; use another group_size or backend=auto"
+        )
+    tiles = -(-k // TILE_K.value)
+    padded = torch.nn.functional.pad(codes, (0, tiles * TILE_K.value - k))
+    fields = padded.view(n, tiles, 4, 32).transpose(0, 1).to(torch.int16)  # [T, N, nibble, word]
+    words = fields[:, :, 0] | fields[:, :, 1] << 4 | fields[:, :, 2] << 8 | fields[:, :, 3] << 12
+    group_size = k // groups if groups > 1 else tiles * TILE_K.value
+
+    def columns(t: Tensor) -> Tensor:
+        return t.expand(n, groups).t().contiguous()
+
+    return KernelWeight(words.contiguous(), columns(scale), None if zero is None else columns(zero), n, k, group_size)
+
+
+def unpack_kernel_layout(weight: KernelWeight) -> Tensor:
+    """The inverse: codes uint8 [N, K]."""
+    fields = torch.stack([(weight.words >> (4 * p)) & 15 for p in range(4)], dim=2)
+    return fields.to(torch.uint8).transpose(0, 1).reshape(weight.n, -1)[:, : weight.k]
+
+
+@triton.jit
+def slice_weights(words, zero, p: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+    """Nibble p of int16 words [BN, 32] minus zero [BN, 1] float32: exact small integers in DTYPE.
+
+    The nibble becomes the low mantissa bits of 1024 (float16) or 128 (bfloat16) and an exact subtraction removes
+    them again. MODE 0: plain Triton. MODE 1: inline PTX, two weights a register, two or three instructions.
+    MODE 2: float32, because the interpreter has no bfloat16 arithmetic.
+    """
+    half: tl.constexpr = tl.float16 == DTYPE
+    one_plus: tl.constexpr = 1024.0 if half else 128.0
+    if MODE == 2:
+        w = ((words >> (4 * p)) & 15).to(tl.float32) - zero
+    elif MODE == 0:
+        biased = ((words >> (4 * p)) & 15) | (0x6400 if half else 0x4300)
+        w = biased.to(DTYPE, bitcast=True) - (zero + one_plus).to(DTYPE)
+    else:
+        bits: tl.constexpr = "4; " if p == 1 else ("8; " if p == 2 else "12; ")
+        shift: tl.constexpr = "" if p == 0 else "shr.b32 t, t, " + bits
+        # t * 1 - base: sub.bf16x2 needs sm_90, fma.bf16x2 only sm_80
+        unbias: tl.constexpr = (
+            "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; add.rn.f16x2 $0, t, $2;}"
+            if half
+            else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, t, one, $2;}"
+        )
+        asm: tl.constexpr = "{.reg .b32 t, one; mov.b32 t, $1; " + shift + unbias
+        minus_base = (-one_plus - zero).to(DTYPE)
+        # `dtype` must be a literal: the call does not unwrap a constexpr
+        if half:
+            w = tl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            w = tl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return w
+
+
+@triton.jit
+def _load_column(ptr, rn, g, N, EVEN_N: tl.constexpr):
+    """Row g of a [G, N] array at columns rn, as float32 [BN, 1]."""
+    offsets = ptr + (tl.zeros((), tl.int64) + N) * g + rn
+    if EVEN_N:
+        column = tl.load(offsets, eviction_policy="evict_last")
+    else:
+        column = tl.load(offsets, mask=rn < N, other=0, eviction_policy="evict_last")
+    return column.to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "tiles_per_split"])
+def _w4a16_kernel(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles, tiles_per_split, out_split_stride,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_N, BLOCK_M] tile of y^T over one split of K; see the module docstring."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_n = pid // (GROUP_N * m_tiles) * GROUP_N
+    width = min(n_tiles - first_n, GROUP_N)
+    within = pid % (GROUP_N * m_tiles)
+    pid_n, pid_m = first_n + within % width, within // width
+
+    rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rj = tl.arange(0, 32)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dot_dtype: tl.constexpr = tl.float32 if MODE == 2 else dtype
+    x_tile = x_ptr + rm.to(tl.int64)[None, :] * K + rj[:, None]  # [32, BM], x^T
+    w_step = (tl.zeros((), tl.int64) + N) * 32
+    w_tile = words_ptr + rn.to(tl.int64)[:, None] * 32 + rj[None, :]  # [BN, 32]
+    m_mask = rm[None, :] < M
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    zero = tl.full((BLOCK_N, 1), 8.0, tl.float32)
+
+    first = split * tiles_per_split
+    for t in tl.range(first, min(first + tiles_per_split, tiles), num_stages=STAGES):
+        w_at = w_tile + w_step * t
+        if EVEN_N:
+            words = tl.load(w_at, eviction_policy="evict_first")
+        else:
+            words = tl.load(w_at, mask=rn[:, None] < N, other=0, eviction_policy="evict_first")
+        if GROUP % 128 == 0:
+            g = t // (GROUP // 128)
+            scale = _load_column(scale_ptr, rn, g, N, EVEN_N)
+            if HAS_ZERO:
+                zero = _load_column(zero_ptr, rn, g, N, EVEN_N)
+            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for p in tl.static_range(4):
+            k = t * 128 + p * 32
+            if EVEN_K:
+                x = tl.load(x_tile + k, mask=m_mask, other=0.0, eviction_policy="evict_last")
+            else:
+                x = tl.load(x_tile + k, mask=m_mask & (k + rj[:, None] < K), other=0.0, eviction_policy="evict_last")
+            if GROUP % 128 != 0:
+                g = min(k, K - 1) // GROUP  # slices beyond K hold x = 0; any scale in range will do
+                scale = _load_column(scale_ptr, rn, g, N, EVEN_N)
+                if HAS_ZERO:
+                    zero = _load_column(zero_ptr, rn, g, N, EVEN_N)
+            w = slice_weights(words, zero, p, dtype, MODE)
+            if GROUP % 128 == 0:
+                part = tl.dot(w, x.to(dot_dtype), part)
+            else:
+                acc += tl.dot(w, x.to(dot_dtype)) * scale
+        if GROUP % 128 == 0:
+            acc += part * scale
+
+    if HAS_BIAS:
+        acc += _load_column(bias_ptr, rn, 0, N, EVEN_N)
+    out = out_ptr + split.to(tl.int64) * out_split_stride + rm.to(tl.int64)[None, :] * N + rn[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=m_mask & (rn[:, None] < N))
+
+
+@triton.jit(do_not_specialize=["size", "N"])
+def _sum_splits_kernel(
+    partial_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [M, N] = sum over s of partial [SPLIT, M, N] float32, in order of s (+ bias)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(partial_ptr + (tl.zeros((), tl.int64) + size) * s + i, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def choose_config(m: int, n: int, k: int, n_sms: int) -> Config:
+    """Tiles, split and pipeline for y[m, n]; pure, so that a table of it can be printed and tested.
+
+    Up to 16 rows the kernel is bound by reading W: narrow tiles of N, and K split until every multiprocessor has about
+    seven programs of four tiles of K or more. Beyond, two warpgroups share a wider tile and two programs a
+    multiprocessor are enough. Measured on an H100 by `compress.kernels.tune` (NOTES.md).
+    """
+    if m <= 16:
+        block_m, block_n, warps, programs_per_sm, min_tiles = 16, 64, 4, 7, 4
+    else:
+        block_m = 32 if m <= 32 else (64 if m <= 512 else 128)
+        block_n, warps, programs_per_sm, min_tiles = 128, 8, 2, 8
+    programs = -(-n // block_n) * -(-m // block_m)
+    tiles = -(-k // TILE_K.value)
+    split = max(1, min(programs_per_sm * n_sms // max(programs, 1), tiles // min_tiles, 16))
+    return Config(block_m, block_n, 1 << (split.bit_length() - 1), warps, num_stages=3)
+
+
+@cache
+def device_problem(device: torch.device) -> str | None:
+    """Why the kernel cannot run on this device, or None."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"device {device} is not a CUDA GPU (set TRITON_INTERPRET=1 to run the kernel in Triton's interpreter)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return None
+
+
+@cache
+def _n_sms(device: torch.device) -> int:
+    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
+    problem = device_problem(x.device)
+    if problem:
+        raise EnvironmentProblem(f"the W4A16 kernel cannot run: {problem}; use backend=auto")
+    if x.dtype not in _ACTIVATIONS:
+        raise ConfigError(f"x is {x.dtype}; the W4A16 kernel takes float16 or bfloat16, use backend=auto for others")
+    tiles, n = words.shape[0], words.shape[1]
+    if words.dtype is not torch.int16 or words.dim() != 3 or words.shape[2] != 32:
+        raise ConfigError(f"words are {words.dtype} {tuple(words.shape)}; build them with pack_kernel_layout")
+    if x.dim() != 2 or -(-x.shape[1] // TILE_K.value) != tiles:
+        raise ConfigError(f"x is {tuple(x.shape)}, but the weight has {tiles} tiles of {TILE_K.value} inputs")
+    groups = -(-x.shape[1] // group_size) if group_size > 0 else 0
+    for name, t, shape in (("scale", scale, (groups, n)), ("zero", zero, (groups, n)), ("bias", bias, (n,))):
+        if t is not None and tuple(t.shape) != shape:
+            raise ConfigError(f"{name} is {tuple(t.shape)}, expected {shape} for group size {group_size}")
+    if group_size % SLICE_K.value:
+        raise ConfigError(f"group_size={group_size} must be a multiple of {SLICE_K.value}")
+    for name, t in (("x", x), ("words", words), ("scale", scale), ("zero", zero), ("bias", bias)):
+        if t is not None and not t.is_contiguous():
+            raise ConfigError(f"{name} with strides {t.stride()} is not contiguous; call .contiguous() first")
+        if t is not None and t.device != x.device:
+            raise ConfigError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
+
+
+def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """y [M, N] = x [M, K] W^T + bias in x's dtype; float32 accumulation. Twin: `reference.w4a16_linear`.
+
+    Args:
+        x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
+        bias: [N] or None.
+        config: overrides `choose_config`.
+
+    Raises:
+        ConfigError: a dtype, shape, stride or device that does not fit.
+        EnvironmentProblem: the device cannot run the kernel.
+    """
+    _check(x, weight.words, weight.scale, weight.zero, bias, weight.group_size)
+    m, k, n = x.shape[0], weight.k, weight.n
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    config = config or choose_config(m, n, k, _n_sms(x.device))
+    tiles = weight.words.shape[0]
+    per_split = -(-tiles // config.split_k)
+    split = -(-tiles // per_split)
+    out = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    mode = (2 if x.dtype is torch.bfloat16 else 0) if INTERPRETED else int(config.use_asm)
+    grid = (-(-n // config.block_n) * -(-m // config.block_m), split)
+    _w4a16_kernel[grid](
+        x, weight.words, weight.scale, weight.zero, bias if split == 1 else None, out, m, n, k, tiles, per_split, m * n,
+        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None and split == 1,
+        EVEN_N=n % config.block_n == 0, EVEN_K=k % TILE_K.value == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        GROUP_N=8, STAGES=config.num_stages, MODE=mode, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if split > 1:
+        block = 256
+        _sum_splits_kernel[(-(-y.numel() // block),)](
+            out, bias, y, y.numel(), n, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=block, num_warps=2
+        )
+    return y
+
+
+torch.library.define(
+    "compress::w4a16",
+    "(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int group_size) -> Tensor",
+)
+
+
+@torch.library.impl("compress::w4a16", ["CUDA", "CPU"])
+def _w4a16_impl(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    return launch(x, KernelWeight(words, scale, zero, words.shape[1], x.shape[1], group_size), bias)
+
+
+@torch.library.register_fake("compress::w4a16")
+def _w4a16_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], words.shape[1])
+
+
+def matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
+    """`launch` as the PyTorch operator `compress::w4a16`, which torch.compile and CUDA graphs take as it is."""
+    if x.shape[-1] != weight.k:
+        raise ConfigError(f"x is {tuple(x.shape)}, but the weight has K={weight.k}")
+    return torch.ops.compress.w4a16(x, weight.words, weight.scale, weight.zero, bias, weight.group_size)
