@@ -157,18 +157,18 @@ class _BlockQuantizer:
     def run(self) -> BlockState:
         groups = self._groups()
         check_fused(self.inputs.plan, self.index, groups)
-        sequential = self.config.rounding is Rounding.GPTQ and self.config.gptq.true_sequential
+        sequential = self.config.rounding is Rounding.gptq and self.config.gptq.true_sequential
         stats: dict[str, InputStats] = {}
-        if self.calibration is not None and (self.config.transform is Transform.AWQ or not sequential):
+        if self.calibration is not None and (self.config.transform is Transform.awq or not sequential):
             stats = self._input_stats(self.calibration, groups)
         # `error_rtn` compares with plain RTN of the source weights on the inputs they were made for
-        plain_stats = {name: s.clone() for name, s in stats.items()} if self.config.transform is Transform.AWQ else stats
+        plain_stats = {name: s.clone() for name, s in stats.items()} if self.config.transform is Transform.awq else stats
         notes: dict[str, AwqNote] = {}
-        if self.config.transform is Transform.AWQ:
+        if self.config.transform is Transform.awq:
             assert self.calibration is not None
             job = AwqJob(
                 self.block, self.index, groups, self.calibration, self.weights, self.plans, stats,
-                self.state, self.config.awq, self.scale_dtype, clip=self.config.rounding is Rounding.RTN,
+                self.state, self.config.awq, self.scale_dtype, clip=self.config.rounding is Rounding.rtn,
             )  # fmt: skip
             notes = apply_awq(job)
         for group in groups:
@@ -185,7 +185,7 @@ class _BlockQuantizer:
             # what the block adds: a fold that is wrong must not hide behind the residual stream
             return self.verify.forward(module, self.index, hidden) - hidden
 
-        find = find_scale_groups if self.config.transform is Transform.AWQ else shared_input_groups
+        find = find_scale_groups if self.config.transform is Transform.awq else shared_input_groups
         return find(self.block, run)
 
     def _quantize_group(
@@ -214,7 +214,7 @@ class _BlockQuantizer:
         self, plan: LinearPlan, scheme: QuantScheme, stats: InputStats | None, note: AwqNote | None, report: LayerReport
     ) -> QuantizedWeight:
         weight = self.weights[plan.local]
-        if self.config.rounding is Rounding.GPTQ:
+        if self.config.rounding is Rounding.gptq:
             assert stats is not None
             result = gptq_quantize(weight, stats.hessian, scheme, self.config.gptq, self.scale_dtype)
             report.damping, report.damping_steps, report.n_dead = result.damping, result.damping_steps, result.n_dead

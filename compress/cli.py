@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -30,6 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compress.config import EMBEDDED_MODEL, RunConfig
 from compress.errors import CompressError, ConfigError, GateFailure
+
+log = logging.getLogger("compress")
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -42,7 +44,10 @@ def _job(composed: DictConfig) -> None:
     from compress.finish import finish_run
     from compress.pipeline import run_pipeline
 
-    summary = finish_run(run_pipeline(config), config)
+    try:
+        summary = finish_run(run_pipeline(config), config)
+    except CompressError as error:  # here, because Hydra would print a heading of its own above it
+        _fail(error, str(error), error.exit_code)
     print(json.dumps(summary, allow_nan=False), flush=True)
 
 
@@ -50,24 +55,24 @@ def main() -> None:
     """Entry point; exits 0, 1 (a bug), 2 (bad input), 3 (gate) or 130 (interrupted)."""
     verbose = any(a in ("-v", "--verbose") for a in sys.argv[1:])
     sys.argv[1:] = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(message)s", force=True
-    )
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     _quiet_libraries(verbose)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of Hydra's own exit
     try:
         _job()
     except CompressError as error:
-        _fail(error, str(error), error.exit_code, verbose)
+        _fail(error, str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, CompressError) else error
-        _fail(error, _explain(cause), 2, verbose)
+        _fail(error, _explain(cause), 2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: BaseException, message: str, code: int, verbose: bool) -> None:
+def _fail(error: BaseException, message: str, code: int) -> NoReturn:
+    verbose = log.isEnabledFor(logging.DEBUG)
     if verbose:
         traceback.print_exception(error, file=sys.stderr)
     label = "gate" if isinstance(error, GateFailure) else "error"
@@ -137,12 +142,9 @@ def _stay_offline(config: RunConfig) -> None:
 
 
 def _quiet_libraries(verbose: bool) -> None:
-    if verbose:
-        return
-    for name in ("lm_eval", "lm-eval", "httpx", "datasets", "transformers", "filelock", "urllib3", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 __all__ = ["ConfigError", "config_keys", "main", "recipes"]

@@ -1,7 +1,8 @@
 """Every setting of a run, as dataclasses. The annotations are Hydra's schema; `__post_init__` holds the rules.
 
 Nothing here imports torch: `python -m compress --help` and a mistyped key must answer at once. The classes
-are not frozen (Hydra would refuse overrides) and are never changed once `RunConfig` is built.
+are not frozen (Hydra would refuse overrides) and are never changed once `RunConfig` is built. Enum members are
+lower case because OmegaConf reads them from YAML by name.
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ EMBEDDED_MODEL = "reference"
 class Transform(Enum):
     """What is done to the weights before rounding, leaving the unquantized model's function as it is."""
 
-    NONE = "none"
-    AWQ = "awq"
+    none = "none"
+    awq = "awq"
 
 
 class Rounding(Enum):
-    """How real weights become codes. NONE leaves the model as it is: a baseline run."""
+    """How real weights become codes. none leaves the model as it is: a baseline run."""
 
-    NONE = "none"
-    RTN = "rtn"
-    GPTQ = "gptq"
+    none = "none"
+    rtn = "rtn"
+    gptq = "gptq"
 
 
 class GranularityName(Enum):
-    TENSOR = "tensor"
-    CHANNEL = "channel"
-    GROUP = "group"
+    tensor = "tensor"
+    channel = "channel"
+    group = "group"
 
 
 class ObserverName(Enum):
-    ABSMAX = "absmax"
-    MSE = "mse"
+    absmax = "absmax"
+    mse = "mse"
 
 
 class ComputeDtype(Enum):
-    """AUTO: float32 on a CPU, the checkpoint's own dtype on a GPU."""
+    """auto: float32 on a CPU, the checkpoint's own dtype on a GPU."""
 
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def _positive(cls: str, **values: float) -> None:
@@ -64,10 +65,10 @@ class SchemeConfig:
     """Grid of the quantized weights."""
 
     bits: int = 4
-    granularity: GranularityName = GranularityName.GROUP
+    granularity: GranularityName = GranularityName.group
     group_size: int = 128
     symmetric: bool = True
-    observer: ObserverName = ObserverName.ABSMAX
+    observer: ObserverName = ObserverName.absmax
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -112,8 +113,8 @@ class GptqConfig:
 class QuantConfig:
     """transform x rounding x scheme: independent slots, because that is the mathematics."""
 
-    transform: Transform = Transform.NONE
-    rounding: Rounding = Rounding.RTN
+    transform: Transform = Transform.none
+    rounding: Rounding = Rounding.rtn
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     # glob over linear names -> scheme fields that differ there, e.g. {"*.down_proj": {bits: 8}}
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -129,9 +130,9 @@ class QuantConfig:
     @property
     def needs_calibration(self) -> bool:
         return (
-            self.transform is not Transform.NONE
-            or self.rounding is Rounding.GPTQ
-            or self.scheme.observer is ObserverName.MSE
+            self.transform is not Transform.none
+            or self.rounding is Rounding.gptq
+            or self.scheme.observer is ObserverName.mse
         )
 
 
@@ -264,7 +265,7 @@ class RunConfig:
     revision: Optional[str] = None
     trust_remote_code: bool = False
     device: str = "auto"
-    compute_dtype: ComputeDtype = ComputeDtype.AUTO
+    compute_dtype: ComputeDtype = ComputeDtype.auto
     output_dir: str = "outputs"
     # default: <output_dir>/<model>/<name>-<fingerprint of what decides the weights>
     run_dir: Optional[str] = None

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def is_baseline(self) -> bool:
-        return self.config.quant.rounding is Rounding.NONE
+        return self.config.quant.rounding is Rounding.none
 
     @property
     def artifact(self) -> Path:
@@ -302,7 +302,7 @@ def _default_run_dir(config: RunConfig, mark: dict[str, Any]) -> Path:
 
 
 def _compute_dtype(wanted: ComputeDtype, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    if wanted is not ComputeDtype.AUTO:
+    if wanted is not ComputeDtype.auto:
         return getattr(torch, wanted.value)  # type: ignore[no-any-return]
     return torch.float32 if device.type == "cpu" else stored
 

@@ -78,7 +78,7 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
             for pattern, overridden in overrides.items():  # the last match wins, as in a list of exceptions
                 if fnmatch.fnmatchcase(name, pattern):
                     scheme = overridden
-            if config.rounding is Rounding.NONE or any(fnmatch.fnmatchcase(name, p) for p in config.ignore):
+            if config.rounding is Rounding.none or any(fnmatch.fnmatchcase(name, p) for p in config.ignore):
                 scheme = None
             if scheme is not None:
                 try:
@@ -86,7 +86,7 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
                 except CompressError as error:
                     raise ConfigError(f"{name} [{n}, {k}]: {error}") from error
             linears.append(LinearPlan(name, index, local, n, k, scheme))
-    if config.rounding is not Rounding.NONE and not any(p.scheme for p in linears):
+    if config.rounding is not Rounding.none and not any(p.scheme for p in linears):
         raise ConfigError("quant.ignore leaves no linear to quantize; use recipe=bf16 for a baseline run")
     return Plan(linears, config)
 

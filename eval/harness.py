@@ -82,6 +82,8 @@ class InMemoryLM(HFLM):
         max_length: longest request in tokens; None for the model's own limit.
     """
 
+    batch_size_per_gpu: int  # HFLM's name for the batch size it uses
+
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, max_length: int | None = None) -> None:
         super().__init__(
             pretrained=_CausalLM(model),

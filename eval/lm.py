@@ -72,7 +72,9 @@ class TaskComparison:
     task: str
     metric: str
     value: float
+    stderr: float | None
     reference: float
+    reference_stderr: float | None
     difference: float
     difference_stderr: float | None
     n: int
@@ -172,7 +174,9 @@ def _comparison(result: EvalResult, reference: EvalResult, error: float | None) 
         task=result.task,
         metric=result.metric,
         value=result.value,
+        stderr=result.stderr,
         reference=reference.value,
+        reference_stderr=reference.stderr,
         difference=result.value - reference.value,
         difference_stderr=error,
         n=result.n,
@@ -210,7 +214,7 @@ def score_tasks(model: nn.Module, tokenizer: Any, loaded: LoadedTasks, options: 
             bootstrap_iters=0,
             log_samples=True,
         )
-    return _collect(raw, loaded)
+        return _collect(raw, loaded)  # inside: lm-eval draws a random name to read a task's
 
 
 def _collect(raw: Any, loaded: LoadedTasks) -> TaskScores:
@@ -263,8 +267,8 @@ def _metric_values(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def _group_metric(
     name: str, label: str, value: float, group: Any, metrics: dict[tuple[str, str], _Metric]
 ) -> _GroupMetric:
-    members = {t.task_name: metrics[(t.task_name, label)].result for t in group.get_all_tasks()
-               if (t.task_name, label) in metrics}  # fmt: skip
+    names = [task.task_name for task in group.get_all_tasks()]
+    members = {task: metrics[(task, label)].result for task in names if (task, label) in metrics}
     by_size = next(a.weight_by_size for a in group.aggregate_metric_list if a.metric == label.partition(",")[0])
     total = sum(r.n for r in members.values())
     weights = {task: r.n / total if by_size else 1 / len(members) for task, r in members.items()}

@@ -241,7 +241,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int) -> Config:
     if m <= 16:
         block_m, block_n, warps, programs_per_sm, min_tiles = 16, 64, 4, 7, 4
     else:
-        block_m = 32 if m <= 32 else (64 if m <= 512 else 128)
+        block_m = 32 if m <= 32 else (64 if m <= 256 else 128)
         block_n, warps, programs_per_sm, min_tiles = 128, 8, 2, 8
     programs = -(-n // block_n) * -(-m // block_m)
     tiles = -(-k // TILE_K.value)
