@@ -206,9 +206,9 @@ class _GroupLoss:
         seen = 0
         handle = self.scope.register_forward_hook(self._record, with_kwargs=True)
         try:
-            for hidden in job.stream.hidden:
+            for batch, hidden in enumerate(job.stream.hidden):
                 with suppress(_ScopeSeen):
-                    job.stream.forward(job.block.module, job.index, hidden)
+                    job.stream.forward(job.block.module, job.index, batch)
                 seen += hidden.shape[0] * hidden.shape[1]
                 if seen >= job.config.search_tokens:
                     break

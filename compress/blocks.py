@@ -156,7 +156,9 @@ class _BlockQuantizer:
 
     def run(self) -> BlockState:
         groups = self._groups()
-        check_fused(self.inputs.plan, self.index, groups)
+        for index, other in enumerate(self.inputs.loaded.blocks):
+            if other.linears.keys() == self.block.linears.keys():  # blocks of one kind: say it before hours of work
+                check_fused(self.inputs.plan, index, groups)
         sequential = self.config.rounding is Rounding.gptq and self.config.gptq.true_sequential
         stats: dict[str, InputStats] = {}
         if self.calibration is not None and (self.config.transform is Transform.awq or not sequential):
@@ -183,7 +185,7 @@ class _BlockQuantizer:
 
         def run(module: nn.Module) -> Tensor:
             # what the block adds: a fold that is wrong must not hide behind the residual stream
-            return self.verify.forward(module, self.index, hidden) - hidden
+            return self.verify.forward(module, self.index, 0) - hidden
 
         find = find_scale_groups if self.config.transform is Transform.awq else shared_input_groups
         return find(self.block, run)
@@ -263,9 +265,15 @@ class _BlockQuantizer:
         with ExitStack() as stack:
             for name in names:
                 stack.callback(self.block.linears[name].register_forward_pre_hook(hook_for(name)).remove)
-            for hidden in stream.hidden:
+            for batch in range(len(stream.hidden)):
                 with suppress(_InputSeen):
-                    stream.forward(self.block.module, self.index, hidden)
+                    stream.forward(self.block.module, self.index, batch)
+        for name, seen in stats.items():
+            if not torch.isfinite(seen.hessian).all():
+                raise NumericalError(
+                    f"{self.block.name}.{name} reads NaN or Inf on the calibration tokens, or values whose squares "
+                    "overflow; use compute_dtype=float32, or check the source weights"
+                )
         return stats
 
 

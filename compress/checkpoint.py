@@ -7,6 +7,7 @@ twice and a resumed run ends with the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.atomic import write_atomically
+from compress.errors import ArtifactError
 from compress.packing import pack_rows, unpack_rows
 from compress.quant import Granularity, Observer, QuantizedWeight, QuantScheme
 
@@ -46,19 +48,22 @@ def save_block(folder: Path, index: int, state: BlockState) -> None:
         "changed": json.dumps(sorted(state.changed)),
         "reports": json.dumps(state.reports),
     }
+    meta["sha256"] = _content_sha256(tensors, meta)
     write_atomically(checkpoint_path(folder, index), lambda p: save_file(tensors, p, metadata=meta))
 
 
 def load_block(folder: Path, index: int) -> BlockState | None:
-    """A finished block, or None when it is not there. An unreadable file counts as not there: it is redone."""
+    """A finished block, or None when it is not there. A file that is damaged counts as not there: it is redone."""
     path = checkpoint_path(folder, index)
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            meta = f.metadata()
+            meta = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError:
+        if meta.pop("sha256", None) != _content_sha256(tensors, meta):
+            raise ArtifactError(f"{path} differs from the hash it was written with")
+    except (SafetensorError, ArtifactError):
         path.unlink()
         return None
     schemes = json.loads(meta["schemes"])
@@ -68,6 +73,14 @@ def load_block(folder: Path, index: int) -> BlockState | None:
         quantized[name] = decode(own, scheme_from_dict(values))
     changed = {name: tensors[name] for name in json.loads(meta["changed"])}
     return BlockState(quantized, changed, json.loads(meta["reports"]))
+
+
+def _content_sha256(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def encode(q: QuantizedWeight) -> dict[str, Tensor]:

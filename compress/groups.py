@@ -148,7 +148,8 @@ def _fold_is_exact(block: Block, run: RunBlock, group: ScaleGroup, output: Tenso
     assert group.producer is not None and group.fold is not None and group.channel_map is not None
     producer = block.module.get_submodule(group.producer)
     generator = torch.Generator().manual_seed(1)
-    scales = (torch.rand(_channels(producer), generator=generator) + 0.5).to(output.device)
+    # powers of two, so that bfloat16 weights take them without rounding and only a wrong fold shows
+    scales = 2.0 ** torch.randint(-1, 2, (_channels(producer),), generator=generator).to(output.device)
     saved = {n: linear_weight(block.linears[n]).clone() for n in group.linears}
     with _Scaled(producer, group.fold, 1 / scales):
         for n in group.linears:
@@ -156,8 +157,12 @@ def _fold_is_exact(block: Block, run: RunBlock, group: ScaleGroup, output: Tenso
         folded = run(block.module)
     for n in group.linears:
         set_linear_weight(block.linears[n], saved[n])
-    # relative to what the block adds to the stream is stricter than relative to the stream itself
-    return float((folded - output).norm() / output.norm().clamp(min=1e-30)) < 1e-4
+    # Relative to what the block adds to the stream is stricter than relative to the stream itself. A gain stored as
+    # 1 + g is rounded in g's dtype; a wrong fold is an error of order 1.
+    rounding = torch.finfo(linear_weight(block.linears[group.linears[0]]).dtype).eps
+    limit = max(1e-4, 4 * rounding) if group.fold is Fold.GAIN_PLUS_ONE else 1e-4
+    difference = folded.float() - output.float()
+    return float(difference.norm() / output.float().norm().clamp(min=1e-30)) < limit
 
 
 def scale_producer(module: nn.Module, fold: Fold, factors: Tensor) -> None:
@@ -217,7 +222,8 @@ def _channel_ratio(before: Tensor, after: Tensor) -> Tensor | None:
     ratio = (a * b).sum(0) / energy
     rounded = ratio.round()
     residual = (b - a * rounded).norm(dim=0) / energy.sqrt()
-    if bool((residual > 1e-2).any()) or not bool(((rounded == 1) | (rounded == 2)).all()) or bool((rounded == 1).all()):
+    tolerance = max(1e-2, 4 * torch.finfo(before.dtype).eps)  # inputs are rounded, and a gain stored as 1 + g
+    if bool((residual > tolerance).any()) or not bool(((rounded == 1) | (rounded == 2)).all()) or bool((rounded == 1).all()):
         return None
     return rounded
 

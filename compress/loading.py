@@ -18,6 +18,7 @@ from compress.artifact import CT_METHOD, MANIFEST, OWN_METHOD, check_manifest
 from compress.checkpoint import decode
 from compress.errors import ArtifactError, ModelFileError
 from compress.models import choose_device, empty_network, iter_meta, retie, set_parameter
+from compress.naming import current_names
 from compress.qlinear import Backend, QuantLinear
 from compress.quant import Granularity, QuantScheme
 from compress.source import SourceCheckpoint
@@ -96,8 +97,9 @@ def _parameter_names(network: nn.Module, source: SourceCheckpoint, stems: dict[s
     stored = [n for n in source.names() if not n.endswith(tuple("." + s for s in _SUFFIXES))]
     stored += [stem + "weight" for stem in stems]
     names = {}
-    for name in stored:
+    for name, now in current_names(network, stored).items():
         candidates = (name, f"{prefix}.{name}", name.removeprefix(prefix + "."))
+        candidates += (now, f"{prefix}.{now}", now.removeprefix(prefix + "."))
         found = next((c for c in candidates if c in parameters), None)
         if found is not None:
             names[name] = found

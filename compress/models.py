@@ -8,7 +8,6 @@ knows an architecture by name.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ConfigError, EnvironmentProblem, ModelFileError, UnsupportedModel
+from compress.errors import ConfigError, EnvironmentProblem, UnsupportedModel
+from compress.naming import match_names
 from compress.source import SourceCheckpoint, resolve
 
 
@@ -112,9 +112,10 @@ def build_model(
 ) -> LoadedModel:
     """`load_model` after the files are found."""
     network, dtype = empty_network(source.path, trust_remote_code)
-    names, tied, unused = _match_names(network, source)
     blocks = find_blocks(network, blocks_pattern)
+    # before names are matched: checkpoints store experts one by one, which would look like missing tensors
     _reject_unquantizable(blocks)
+    names, tied, unused = match_names(network, source)
     return LoadedModel(network, source, blocks, names, tied, unused, dtype)
 
 
@@ -138,68 +139,6 @@ def empty_network(path: Path, trust_remote_code: bool = False) -> tuple[nn.Modul
         ) from error
     dtype = getattr(config, "dtype", None) or torch.float32
     return network.eval(), dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
-
-
-def _match_names(
-    network: nn.Module, source: SourceCheckpoint
-) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Pair parameters and persistent buffers with source tensors; say what is tied and what is unused."""
-    prefix = getattr(network, "base_model_prefix", "")
-    state = network.state_dict(keep_vars=True)
-    available = set(source.names())
-    names: dict[str, str] = {}
-    missing = []
-    for name in state:
-        candidates = [name, name.removeprefix(prefix + "."), f"{prefix}.{name}"]
-        found = next((c for c in candidates if c in available), None)
-        if found is None:
-            missing.append(name)
-        else:
-            names[name] = found
-
-    tied = {}
-    by_identity: dict[int, str] = {id(state[n]): n for n in names}
-    tied_keys = dict(getattr(network, "all_tied_weights_keys", None) or {})
-    for name in list(missing):
-        holder = by_identity.get(id(state[name])) or tied_keys.get(name)
-        if holder in names:
-            tied[name] = holder
-            missing.remove(name)
-    if missing:
-        raise ModelFileError(
-            f"{source.path} has no tensor for {missing[0]} ({len(missing)} missing in all): the checkpoint is "
-            "incomplete, or this architecture stores its weights in a form that is not supported"
-        )
-    for name, found in names.items():
-        if source.shape(found) != tuple(state[name].shape):
-            raise ModelFileError(
-                f"tensor {found} has shape {list(source.shape(found))}, but config.json makes it "
-                f"{list(state[name].shape)}; weights and config.json do not belong together"
-            )
-    # a head stored beside the embedding it is tied to is one tensor to the architecture
-    if getattr(network.config, "tie_word_embeddings", False):
-        for name, holder in tied_keys.items():
-            if name in names and holder in names:
-                tied[name] = holder
-    return names, tied, _unused(network, available - set(names.values()))
-
-
-def _unused(network: nn.Module, extra: set[str]) -> dict[str, str]:
-    """Why the architecture reads none of the `extra` tensors; raises for one without a reason."""
-    patterns = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or []
-    buffers = {name for name, _ in network.named_buffers()}
-    prefix = getattr(network, "base_model_prefix", "")
-    unused = {}
-    for name in sorted(extra):
-        if any(re.search(p, name) for p in patterns):
-            unused[name] = "ignored by the architecture"
-        elif name in buffers or f"{prefix}.{name}" in buffers or name.endswith(("rotary_emb.inv_freq", ".attn.bias")):
-            unused[name] = "a constant the architecture computes itself"
-        else:
-            raise UnsupportedModel(
-                f"source tensor {name} has no place in {type(network).__name__}; dropping it could change the model"
-            )
-    return unused
 
 
 def find_blocks(network: nn.Module, pattern: str | None = None) -> list[Block]:
@@ -256,8 +195,10 @@ def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
 
 def _reject_unquantizable(blocks: list[Block]) -> None:
     for block in blocks:
+        convolutions = {n for n, m in block.module.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
         for name, parameter in block.module.named_parameters():
-            if parameter.ndim == 3:
+            # the kernel of a convolution is small and stays as it is, like a norm
+            if parameter.ndim == 3 and name.rpartition(".")[0] not in convolutions:
                 raise UnsupportedModel(
                     f"{block.name}.{name} is a fused expert weight of shape {list(parameter.shape)}; leaving it at "
                     "full precision without a word would be wrong, and quantizing 3-D weights is not supported yet"

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _VERIFY_TOKENS = 64
 _QUANTIZE_CODE = (
     "quant.py", "packing.py", "methods", "blocks.py", "awq_pass.py", "groups.py", "streams.py", "models.py",
-    "source.py", "plan.py", "calibration.py", "checkpoint.py", "artifact.py",
+    "naming.py", "source.py", "plan.py", "calibration.py", "checkpoint.py", "artifact.py",
 )  # fmt: skip
 _RUN_CODE = ("qlinear.py", "loading.py", "kernels", "measure.py")
 

@@ -107,12 +107,17 @@ def _override(base: QuantScheme, pattern: str, values: dict[str, Any]) -> QuantS
             elif key == "symmetric":
                 if not isinstance(value, bool):
                     raise ValueError("must be true or false")
+            elif isinstance(value, bool) or int(value) != float(value):
+                raise ValueError("must be a whole number")
             else:
                 value = int(value)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"quant.overrides[{pattern!r}].{key}={value!r}: {error}") from error
         changes[key] = value
-    return replace(base, **changes)
+    try:
+        return replace(base, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"quant.overrides[{pattern!r}]: {error}") from error
 
 
 def check_fused(plan: Plan, block: int, groups: list[ScaleGroup]) -> None:

@@ -71,6 +71,7 @@ class QuantLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], scheme: QuantScheme, backend: Backend, dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,7 +114,8 @@ class QuantLinear(nn.Module):
         layer.register_buffer("codes", planar.pack(q.codes, q.scheme.bits))
         layer.register_buffer("scale", q.scale.clone())
         layer.register_buffer("zero", q.zero.clone())
-        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        parameter = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.register_parameter("bias", parameter)
         return layer
 
     def prepare(self) -> None:
@@ -125,21 +127,29 @@ class QuantLinear(nn.Module):
         if self.prepared:
             return
         form = self._choose_form()
-        if form is not Form.PLANAR:
-            codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
-            if form is Form.INT4:
-                repeat = self.in_features // int4_group(self.scheme, self.in_features) // self.scale.shape[1]
-                scale, zero = (
-                    t.expand(self.out_features, -1).repeat_interleave(repeat, dim=1) for t in (self.scale, self.zero)
-                )
-                packed = cpu_int4.pack(codes, scale, zero, self.dtype)
-                self.codes, self.scale, self.zero = packed.packed, packed.scale_offset, None
-            else:
-                from compress.kernels import w4a16
-
-                weight = w4a16.pack_kernel_layout(codes, self.scale, None if self.scheme.symmetric else self.zero)
-                self.codes, self.scale, self.zero = weight.words, weight.scale, weight.zero
+        if form is Form.INT4:
+            self._take_int4_form()
+        elif form is Form.KERNEL:
+            self._take_kernel_form()
         self.form, self.prepared = form, True
+
+    def _take_int4_form(self) -> None:
+        group_size = int4_group(self.scheme, self.in_features)
+        assert group_size is not None and self.zero is not None  # `_choose_form` checked; PLANAR holds zeros
+        repeat = self.in_features // group_size // self.scale.shape[1]
+        scale, zero = (
+            t.expand(self.out_features, -1).repeat_interleave(repeat, dim=1) for t in (self.scale, self.zero)
+        )
+        codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
+        packed = cpu_int4.pack(codes, scale, zero, self.dtype)
+        self.codes, self.scale, self.zero = packed.packed, packed.scale_offset, None
+
+    def _take_kernel_form(self) -> None:
+        from compress.kernels import w4a16
+
+        codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
+        weight = w4a16.pack_kernel_layout(codes, self.scale, None if self.scheme.symmetric else self.zero)
+        self.codes, self.scale, self.zero = weight.words, weight.scale, weight.zero
 
     def _choose_form(self) -> Form:
         device, n, k = self.codes.device, self.out_features, self.in_features
@@ -213,6 +223,7 @@ class QuantLinear(nn.Module):
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense [N, K], computed in float32 from the held form and rounded once to `dtype`."""
         if self.backend is Backend.REFERENCE:
+            assert self.zero is not None
             codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
             return reference.dequantize_weight(codes, self.scale, self.zero).to(dtype)
         if self.form is Form.KERNEL:
@@ -224,6 +235,7 @@ class QuantLinear(nn.Module):
     def _dense_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         if self.form is Form.INT4:
             return cpu_int4.dense_blocks(self._int4_weight(), dtype)
+        assert self.zero is not None
         return planar.dense_blocks(self.codes, self.scale, self.zero, self.scheme.bits, self.in_features, dtype)
 
     def _kernel_weight(self) -> Any:

@@ -189,13 +189,14 @@ def _range_to_qparams(
         # zero must be representable: it is where exact zeros (padding, pruned weights) live
         low, high = low.clamp(max=0), high.clamp(min=0)
         step = (high - low) / scheme.max_code
-    # A group of zeros, or of denormals whose step underflows, needs a scale that can be divided by.
-    info = torch.finfo(scale_dtype)
-    scale = step.to(scale_dtype)
-    scale = torch.where(scale >= info.tiny, scale, torch.full_like(scale, info.tiny))
+    # A group of zeros, or of values whose step underflows, needs a scale that can be divided by. float16 is a normal
+    # number only from 6e-5 on, which real weights reach: there the floor is its smallest subnormal.
+    floor = 2.0**-24 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
+    scale = step.to(scale_dtype).clamp(min=floor)
     if not torch.isfinite(scale).all():
         raise NumericalError(
-            f"a scale of {step.max().item():.3e} does not fit {scale_dtype}; set artifact.scale_dtype=float32"
+            f"a scale of {step.max().item():.3e} does not fit {scale_dtype}, the dtype of the checkpoint; "
+            "such weights are damaged, or must be saved in bfloat16 or float32 first"
         )
     if scheme.symmetric:
         return scale, torch.full_like(scale, scheme.mid_code, dtype=torch.uint8)

@@ -114,14 +114,22 @@ class SourceCheckpoint:
                 raise ModelFileError(f"{index} has no weight_map; fetch the checkpoint again")
             files = {name: path / file for name, file in weight_map.items()}
         else:
-            shards = sorted(path.glob("*.safetensors"))
+            # a repository may hold the same weights a second time, as consolidated.safetensors in another naming
+            whole = path / "model.safetensors"
+            shards = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
             if not shards:
                 pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
                 why = f"only pickled weights ({pickles[0]}), which are never opened" if pickles else "no weights"
                 raise ModelFileError(f"{path} holds {why}; it must hold *.safetensors (save_pretrained writes them)")
             files = {}
             for shard in shards:
-                files.update(dict.fromkeys(_names(shard), shard))
+                for name in _names(shard):
+                    if name in files:
+                        raise ModelFileError(
+                            f"tensor {name} is in both {files[name].name} and {shard.name} and no {_INDEX} says which "
+                            "counts; leave one of them in the directory"
+                        )
+                    files[name] = shard
         for shard in sorted(set(files.values())):
             if not shard.is_file():
                 raise ModelFileError(f"shard {shard.name} is named in {_INDEX} but is missing from {path}")
@@ -136,13 +144,10 @@ class SourceCheckpoint:
 
     def raw(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU, backed by the mapped file, not checked."""
-        file = self.files[name]
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
         try:
-            return self._handles[file].get_tensor(name)
+            return self._handle(name).get_tensor(name)
         except SafetensorError as error:
-            raise ModelFileError(f"{file.name}: cannot read tensor {name}: {error}") from error
+            raise ModelFileError(f"{self.files[name].name}: cannot read tensor {name}: {error}") from error
 
     def tensor(self, name: str) -> Tensor:
         """Like `raw`, checked once for NaN and Inf.
@@ -162,10 +167,17 @@ class SourceCheckpoint:
         return value
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """As safetensors names it: F32, BF16, I8, F8_E4M3, ..."""
+        return str(self._handle(name).get_slice(name).get_dtype())
+
+    def _handle(self, name: str) -> Any:
         file = self.files[name]
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
-        return tuple(self._handles[file].get_slice(name).get_shape())
+        return self._handles[file]
 
     def sha256(self) -> str:
         """One hash over config and weights; checks every file whose hash is already known.
@@ -175,17 +187,20 @@ class SourceCheckpoint:
         """
         shards = sorted(set(self.files.values()))
         known = _known_hashes(self.path, shards)
+        others = [self.path / n for n in known if self.path / n not in shards and (self.path / n).is_file()]
+        files = [*shards, *others]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(sha256_file, shards))
-        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard, digest in zip(shards, digests, strict=True):
-            expected = known.get(shard.name)
+            digests = dict(zip(files, pool.map(sha256_file, files), strict=True))
+        for file, digest in digests.items():
+            expected = known.get(file.name)
             if expected and expected != digest:
                 raise ModelFileError(
-                    f"{shard.name} has sha256 {digest[:12]}..., but {expected[:12]}... was recorded for it: "
+                    f"{file.name} has sha256 {digest[:12]}..., but {expected[:12]}... was recorded for it: "
                     "the file changed on disk; fetch it again"
                 )
-            total.update(f"{shard.name}:{digest}\n".encode())
+        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in shards:
+            total.update(f"{shard.name}:{digests[shard]}\n".encode())
         return total.hexdigest()
 
 
@@ -194,9 +209,11 @@ def _known_hashes(path: Path, shards: list[Path]) -> dict[str, str]:
     known = {}
     sums = path / "SHA256SUMS"
     if sums.is_file():
-        for line in sums.read_text().splitlines():
-            digest, _, name = line.partition("  ")
-            known[name.strip()] = digest.strip()
+        for line in filter(str.strip, sums.read_text(encoding="utf-8").splitlines()):
+            match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line.strip())
+            if match is None:
+                raise ModelFileError(f"{sums}: cannot read the line {line[:80]!r}; write it with sha256sum, or remove it")
+            known[Path(match[2]).as_posix()] = match[1].lower()
     for shard in shards:
         blob = shard.resolve().name
         if re.fullmatch(r"[0-9a-f]{64}", blob):

@@ -33,29 +33,27 @@ class BlockCall:
 
 @dataclass
 class HiddenStream:
-    """Batches of hidden states [B, T, H] before the next block, and the calls of every block by batch size."""
+    """Batches of hidden states [B, T, H] before the next block, and for each batch the calls of every block.
+
+    Batches whose calls are equal (the usual case: positions and masks depend on the shape alone) share one list.
+    """
 
     token_batches: list[Tensor]
     hidden: list[Tensor]
-    calls: dict[int, list[BlockCall]]
+    calls: list[list[BlockCall]]
     device: torch.device
 
     @property
     def n_tokens(self) -> int:
         return sum(batch.numel() for batch in self.token_batches)
 
-    def call(self, index: int, batch: Tensor) -> BlockCall:
-        return self.calls[batch.shape[0]][index]
-
-    def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Run block number `index` on one batch: [B, T, H] -> [B, T, H]."""
-        call = self.call(index, hidden)
-        output = block(hidden.to(self.device), *call.args, **call.kwargs)
+    def forward(self, block: nn.Module, index: int, batch: int) -> Tensor:
+        """Run block number `index` on batch number `batch`: [B, T, H]."""
+        call = self.calls[batch][index]
+        # a copy, because a block may add to its input in place and this one is needed again
+        hidden = self.hidden[batch].to(self.device, copy=True)
+        output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-    def batches(self) -> Iterator[Tensor]:
-        for hidden in self.hidden:
-            yield hidden.to(self.device)
 
     def advance(self, block: Block, index: int) -> None:
         """Replace every batch by the block's output.
@@ -64,7 +62,7 @@ class HiddenStream:
             NumericalError: an output is not finite.
         """
         for i, hidden in enumerate(self.hidden):
-            output = self.forward(block.module, index, hidden)
+            output = self.forward(block.module, index, i)
             if not torch.isfinite(output).all():
                 raise NumericalError(
                     f"{block.name} gives NaN or Inf on the calibration tokens; use compute_dtype=float32, "
@@ -81,7 +79,7 @@ def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: to
     """
     batches = list(tokens.split(batch_size))
     hidden: list[Tensor] = []
-    calls: dict[int, list[BlockCall]] = {}
+    calls: list[list[BlockCall]] = []
     _materialize_outside(loaded, device, dtype, with_head=False)
     loaded.materialize(loaded.blocks[0].name, device, dtype)
     try:
@@ -89,7 +87,7 @@ def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: to
             for batch in batches:
                 first, recorded = _record(loaded, batch.to(device))
                 hidden.append(first.to(store))
-                calls.setdefault(batch.shape[0], recorded)
+                calls.append(next((c for c in calls if _same_calls(c, recorded)), recorded))
     finally:
         loaded.release(loaded.blocks[0].name)
         _release_outside(loaded)
@@ -101,8 +99,8 @@ def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -
     _materialize_outside(loaded, stream.device, dtype, with_head=True)
     logits = []
     try:
+        last = len(loaded.blocks) - 1
         for batch, hidden in zip(stream.token_batches, stream.hidden, strict=True):
-            last = len(loaded.blocks) - 1
 
             def stub(index: int, h: Tensor, final: Tensor = hidden) -> Any:
                 value = final.to(stream.device) if index == last else h
@@ -115,6 +113,28 @@ def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -
     return torch.cat(logits)
 
 
+def _same_calls(a: list[BlockCall], b: list[BlockCall]) -> bool:
+    def flat(call: BlockCall) -> tuple[Any, ...]:
+        return call.args, tuple(call.kwargs), tuple(call.kwargs.values())
+
+    return _same(tuple(map(flat, a)), tuple(map(flat, b)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two recorded values can stand for each other.
+
+    Only what cannot change counts: blocks may hand each other values through a dict (Gemma 3n and 4 share keys and
+    values between blocks so), and that must stay one dict for each batch.
+    """
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return (a is None or isinstance(a, (bool, int, float, str))) and a == b
+
+
 def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
     """Input of the first block and the calls of all blocks for one batch."""
     first: list[Tensor] = []
@@ -123,12 +143,17 @@ def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall
     original = loaded.blocks[0].module.forward
 
     def recorder(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index != len(calls) or (first and not torch.equal(hidden, first[0])):
+            raise UnsupportedModel(
+                f"{type(loaded.model).__name__} does more than pass the output of block {len(calls) - 1} to block "
+                f"{len(calls)}; only decoders that run their blocks one after the other are supported"
+            )
         calls.append(BlockCall(args, kwargs))
         if index == 0:
-            first.append(hidden)
+            first.append(hidden.clone())
             if loaded.block_returns_tuple is None:
                 # Some architectures' blocks return a tuple, some a tensor; one real call tells.
-                loaded.block_returns_tuple = isinstance(original(hidden, *args, **kwargs), tuple)
+                loaded.block_returns_tuple = isinstance(original(hidden.clone(), *args, **kwargs), tuple)
         if index == last:
             raise _Stop
         return (hidden,) if loaded.block_returns_tuple else hidden
@@ -138,6 +163,10 @@ def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall
             loaded.model(tokens, use_cache=False)
         except _Stop:
             pass
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{type(loaded.model).__name__} cannot be run block by block: {type(error).__name__}: {error}"
+            ) from error
     if len(calls) != len(loaded.blocks):
         raise UnsupportedModel(
             f"{type(loaded.model).__name__} ran {len(calls)} of its {len(loaded.blocks)} blocks; "

@@ -118,8 +118,9 @@ def int4_matmul(x: Tensor, weight: CpuInt4Weight) -> Tensor:
 
 def dense_blocks(weight: CpuInt4Weight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The dense weight in runs of rows: yields (first row, dense rows [R, K] in `dtype`)."""
-    block = block_rows()
-    for start, count in blocks_of(weight.n) or ():
+    block, runs = block_rows(), blocks_of(weight.n)
+    assert block is not None and runs is not None  # `pack` refuses layouts that are unknown here
+    for start, count in runs:
         rows = block if count % block == 0 else count
         step = rows * max(1, CHUNK_ELEMENTS["cpu"] // (rows * weight.k))
         order = torch.tensor(row_order(rows))

@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _dequantize_kernel(
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
     words_ptr, scale_ptr, zero_ptr, out_ptr, N, K, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     t = tl.program_id(0)

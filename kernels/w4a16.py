@@ -107,7 +107,7 @@ def unpack_kernel_layout(weight: KernelWeight) -> Tensor:
 
 
 @triton.jit
-def slice_weights(words, zero, p: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+def slice_weights(words, zero, p: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Nibble p of int16 words [BN, 32] minus zero [BN, 1] float32: exact small integers in DTYPE.
 
     The nibble becomes the low mantissa bits of 1024 (float16) or 128 (bfloat16) and an exact subtraction removes
@@ -141,7 +141,7 @@ def slice_weights(words, zero, p: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.co
 
 
 @triton.jit
-def _load_column(ptr, rn, g, N, EVEN_N: tl.constexpr):
+def _load_column(ptr, rn, g, N, EVEN_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row g of a [G, N] array at columns rn, as float32 [BN, 1]."""
     offsets = ptr + (tl.zeros((), tl.int64) + N) * g + rn
     if EVEN_N:
@@ -152,7 +152,7 @@ def _load_column(ptr, rn, g, N, EVEN_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "tiles_per_split"])
-def _w4a16_kernel(
+def _w4a16_kernel(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles, tiles_per_split, out_split_stride,
     GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
@@ -217,7 +217,7 @@ def _w4a16_kernel(
 
 
 @triton.jit(do_not_specialize=["size", "N"])
-def _sum_splits_kernel(
+def _sum_splits_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out [M, N] = sum over s of partial [SPLIT, M, N] float32, in order of s (+ bias)."""

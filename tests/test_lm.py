@@ -148,12 +148,12 @@ def test_heldout_perplexity(model: Any, tokenizer: Any) -> None:
     assert all(r.stderr is not None and r.n == 3 and r.higher_is_better is False for r in got.values())
 
 
-def test_heldout_documents_are_the_heldout_texts() -> None:
+def test_heldout_documents_are_the_heldout_texts(tokenizer: Any) -> None:
     """Oracle: joined again and tokenized, they are as long as the sampled ids, but for ids the tokenizer would not
     choose and empty documents."""
     texts = loader.heldout_texts(64)
     assert not any(loader.SEPARATOR in t or not t.strip() for t in texts)
-    n_ids = sum(len(AutoTokenizer.from_pretrained(model_path())(t).input_ids) for t in texts)
+    n_ids = sum(len(tokenizer(t).input_ids) for t in texts)
     assert n_ids == pytest.approx((heldout_tokens() != 0).sum().item(), rel=0.01)
 
 

@@ -55,7 +55,8 @@ def gptq_quantize(
     W = weight.float().clone()
     H = hessian.float().clone()
     dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
+    # the mean of the live ones, so that dead inputs leave the damping as it is
+    H.diagonal()[dead] = H.diagonal()[~dead].mean() if not dead.all() else 1.0
     W[:, dead] = 0
 
     scale, zero = choose_qparams(W, scheme, importance=H.diagonal(), scale_dtype=scale_dtype)
@@ -111,10 +112,12 @@ def _inverse_cholesky(H: Tensor, config: GptqConfig) -> tuple[Tensor, float, int
     """
     H = H.double()
     mean = H.diagonal().mean()
+    if mean > 0:
+        H = H / mean  # the rounding does not depend on the size of H, the range of float32 does
     damping = config.damping
     for steps in range(config.max_damping_steps + 1):
         damped = H.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().add_(damping)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
