@@ -167,14 +167,13 @@ def _write_shards(stream: Iterator[tuple[str, Tensor]], folder: Path) -> dict[st
         total += value.nbytes
         described[name] = {
             "sha256": tensor_sha256(value),
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
+            **_dtype_and_shape(value),
         }
     flush()
     if len(shards) == 1:
         os.replace(folder / "shard-00001", folder / "model.safetensors")
         return described
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         os.replace(folder / f"shard-{i:05d}", folder / file)
@@ -194,7 +193,7 @@ def quantization_config(loaded: LoadedModel, schemes: dict[str, QuantScheme], me
     for name, scheme in schemes.items():
         by_scheme.setdefault(scheme, []).append(name)
     ordered = sorted(by_scheme.items(), key=lambda item: -len(item[1]))
-    groups = {}
+    groups: dict[str, Any] = {}
     for i, (scheme, names) in enumerate(ordered):
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(ordered) == 1 else sorted(names),
@@ -232,11 +231,11 @@ def check_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest and check every tensor and companion file against it.
 
     Raises:
-        ArtifactError: no manifest, or anything missing, added or changed.
+        ArtifactError: no manifest, a file or tensor missing or changed, or a tensor added.
     """
-    manifest = _read_object(path / MANIFEST)
-    described = manifest.get("tensors", {})
-    for name, digest in manifest.get("files", {}).items():
+    manifest = read_manifest(path)
+    described = manifest["tensors"]
+    for name, digest in manifest["files"].items():
         if not (path / name).is_file():
             raise ArtifactError(f"{path / name} is in the manifest but missing; copy the artifact again")
         if _sha256_file(path / name) != digest:
@@ -249,7 +248,8 @@ def check_manifest(path: Path) -> dict[str, Any]:
             for name, digest in zip(tensors, digests, strict=True):
                 if name not in described:
                     raise ArtifactError(f"{shard.name} holds {name}, which the manifest does not know")
-                if digest != described[name]["sha256"]:
+                as_stored = {"sha256": digest, **_dtype_and_shape(tensors[name])}
+                if any(described[name].get(key) != value for key, value in as_stored.items()):
                     raise ArtifactError(
                         f"tensor {name} in {shard.name} differs from the manifest's sha256: the file was damaged "
                         "or edited after it was saved; copy or build the artifact again"
@@ -274,6 +274,11 @@ def tensor_sha256(value: Tensor) -> str:
     return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def _dtype_and_shape(value: Tensor) -> dict[str, Any]:
+    """As the manifest has them; the sha256 is of the bytes alone and would not notice another reading of them."""
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+
 def _sha256_file(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -292,12 +297,17 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest as it stands, unchecked.
+    """The manifest as it stands; the files it describes are not looked at.
 
     Raises:
-        ArtifactError: it is missing or not JSON.
+        ArtifactError: it is missing, not JSON, or lacks a section.
     """
-    return _read_object(path / MANIFEST)
+    manifest = _read_object(path / MANIFEST)
+    for key in ("tensors", "source_tensors", "files"):
+        section = manifest.get(key)
+        if not isinstance(section, dict) or (key != "files" and not all(isinstance(v, dict) for v in section.values())):
+            raise ArtifactError(f"{path / MANIFEST} has no usable {key!r} section; copy or build the artifact again")
+    return manifest
 
 
 def manifest_sha256(path: Path) -> str:

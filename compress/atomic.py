@@ -5,33 +5,48 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from compress.errors import EnvironmentProblem
+
+# What to do about errors a user can cure; others are named by the system's own words.
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free space and run the same command again, it resumes",
+    errno.EDQUOT: "the quota is used up; free space and run the same command again, it resumes",
+    errno.EFBIG: "the file would exceed the file system's or `ulimit -f`'s largest size; raise it and run again",
+    errno.EROFS: "the file system is read-only; set output_dir=<a writable directory>",
+    errno.EACCES: "permission denied; set output_dir=<a writable directory>",
+    errno.EPERM: "not permitted; set output_dir=<a writable directory>",
+    errno.ENOTDIR: "a part of this path is a file, not a directory; choose another path",
+    errno.EEXIST: "a file is in the way of this directory; choose another path or move it away",
+}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only directory into an error that says what to do."""
+    """Turn a full disk, a read-only directory and their like into an error that says what to do."""
     try:
         yield
-    except OSError as error:
-        remedies = {
-            errno.ENOSPC: "the disk is full; free space and run the same command again, it resumes",
-            errno.EDQUOT: "the quota is used up; free space and run the same command again, it resumes",
-            errno.EROFS: "the file system is read-only; set output_dir=<a writable directory>",
-            errno.EACCES: "permission denied; set output_dir=<a writable directory>",
-            errno.EPERM: "not permitted; set output_dir=<a writable directory>",
-        }
-        if error.errno in remedies:
-            raise EnvironmentProblem(f"cannot write {path}: {remedies[error.errno]}") from error
-        raise
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else _system_code(str(error))
+        if code is None:
+            raise
+        raise EnvironmentProblem(f"cannot write {path}: {_REMEDIES.get(code, os.strerror(code))}") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def _system_code(words: str) -> int | None:
+    """safetensors' writer reports the system's errors in words."""
+    match = re.search(r"os error (\d+)", words)
+    return int(match[1]) if match else None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Run write(temporary path), make it durable, and put it in place in one step.
 
     Raises:
@@ -53,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Sorted, indented JSON, atomically. NaN and Inf are refused: no JSON reader has to take them."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def sync_directory(path: Path) -> None:

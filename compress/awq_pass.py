@@ -101,11 +101,13 @@ def _search(job: AwqJob, group: ScaleGroup, evaluate: _GroupLoss) -> AwqScales:
 
     def loss_of(scales: Tensor) -> float:
         inputs = scales[channel_map]
-        return evaluate({
-            n: scaled_fake_quantize(job.weights[n], inputs, s)
-            for n in group.linears
-            if (s := job.plans[n].scheme) is not None
-        })
+        return evaluate(
+            {
+                n: scaled_fake_quantize(job.weights[n], inputs, s)
+                for n in group.linears
+                if (s := job.plans[n].scheme) is not None
+            }
+        )
 
     absmean = job.stats[group.linears[0]].absmean
     return search_scales(weights, absmean, channel_map, scheme, job.config, loss_of)
@@ -242,4 +244,3 @@ class _ScopeSeen(Exception):
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-

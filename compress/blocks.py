@@ -22,11 +22,11 @@ from compress.checkpoint import BlockState, load_block, save_block
 from compress.config import QuantConfig, Rounding, Transform
 from compress.errors import NumericalError
 from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups
-from compress.methods.gptq import gptq_quantize
+from compress.methods.gptq import gptq_quantize_shared
 from compress.methods.rtn import rtn_quantize
 from compress.methods.stats import InputStats, relative_output_error
 from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
-from compress.plan import LinearPlan, Plan, check_fused
+from compress.plan import Plan, check_fused
 from compress.quant import Observer, QuantizedWeight, QuantScheme, quantize
 from compress.streams import HiddenStream, open_stream, tail_logits
 
@@ -50,6 +50,9 @@ class LayerReport:
     awq: dict[str, Any] | None = None
     fallback: str | None = None
     seconds: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        self.shape = (self.shape[0], self.shape[1])  # a list when it comes from a checkpoint
 
     def without_time(self) -> dict[str, Any]:
         values = asdict(self)
@@ -164,7 +167,9 @@ class _BlockQuantizer:
         if self.calibration is not None and (self.config.transform is Transform.awq or not sequential):
             stats = self._input_stats(self.calibration, groups)
         # `error_rtn` compares with plain RTN of the source weights on the inputs they were made for
-        plain_stats = {name: s.clone() for name, s in stats.items()} if self.config.transform is Transform.awq else stats
+        plain_stats = (
+            {name: s.clone() for name, s in stats.items()} if self.config.transform is Transform.awq else stats
+        )
         notes: dict[str, AwqNote] = {}
         if self.config.transform is Transform.awq:
             assert self.calibration is not None
@@ -194,36 +199,57 @@ class _BlockQuantizer:
         self, group: ScaleGroup, notes: dict[str, AwqNote], stats: InputStats | None, plain: InputStats | None
     ) -> None:
         """Quantize the linears that share one input; later groups then see their quantized outputs."""
+        by_scheme: dict[QuantScheme | None, list[str]] = {}
         for name in group.linears:
-            started = time.perf_counter()
-            plan, note = self.plans[name], notes.get(name)
-            if plan.scheme is None:
-                self.state.reports.append(asdict(LayerReport(plan.name, "kept", (plan.n, plan.k))))
+            by_scheme.setdefault(self.plans[name].scheme, []).append(name)
+        reports: dict[str, LayerReport] = {}
+        for scheme, names in by_scheme.items():
+            for name in names:
+                plan = self.plans[name]
+                status, label = ("quantized", scheme.label()) if scheme else ("kept", None)
+                reports[name] = LayerReport(plan.name, status, (plan.n, plan.k), label)
+            if scheme is None:
                 continue
-            report = LayerReport(plan.name, "quantized", (plan.n, plan.k), plan.scheme.label())
+            started = time.perf_counter()
             try:
-                quantized = self._quantize(plan, plan.scheme, stats, note, report)
+                quantized = self._quantize(names, scheme, stats, notes, reports)
             except NumericalError as error:
-                raise NumericalError(f"{plan.name}: {error}") from error
-            self._fill_errors(report, quantized, name, stats, plain or stats)
-            report.awq = note.summary() if note else None
-            self.state.quantized[name] = quantized
-            set_linear_weight(self.block.linears[name], quantized.dequantize())
-            report.seconds = time.perf_counter() - started
-            self.state.reports.append(asdict(report))
+                raise NumericalError(f"{self.block.name}: {', '.join(names)}: {error}") from error
+            for name, weight in quantized.items():
+                self._fill_errors(reports[name], weight, name, stats, plain or stats)
+                reports[name].awq = notes[name].summary() if name in notes else None
+                self.state.quantized[name] = weight
+                set_linear_weight(self.block.linears[name], weight.dequantize())
+                # linears of one group are quantized together: an equal share of the time each
+                reports[name].seconds = (time.perf_counter() - started) / len(names)
+        self.state.reports += [asdict(reports[name]) for name in group.linears]
 
     def _quantize(
-        self, plan: LinearPlan, scheme: QuantScheme, stats: InputStats | None, note: AwqNote | None, report: LayerReport
-    ) -> QuantizedWeight:
-        weight = self.weights[plan.local]
+        self,
+        names: list[str],
+        scheme: QuantScheme,
+        stats: InputStats | None,
+        notes: dict[str, AwqNote],
+        reports: dict[str, LayerReport],
+    ) -> dict[str, QuantizedWeight]:
+        weights = [self.weights[name] for name in names]
         if self.config.rounding is Rounding.gptq:
             assert stats is not None
-            result = gptq_quantize(weight, stats.hessian, scheme, self.config.gptq, self.scale_dtype)
-            report.damping, report.damping_steps, report.n_dead = result.damping, result.damping_steps, result.n_dead
-            return result.weight
-        if note is not None and note.ranges is not None:
-            return quantize(weight, *note.ranges, scheme)
-        return rtn_quantize(weight, scheme, stats.importance if stats else None, self.scale_dtype)
+            results = gptq_quantize_shared(weights, stats.hessian, scheme, self.config.gptq, self.scale_dtype)
+            for name, result in zip(names, results, strict=True):
+                report = reports[name]
+                report.damping, report.damping_steps = result.damping, result.damping_steps
+                report.n_dead = result.n_dead
+            return {name: result.weight for name, result in zip(names, results, strict=True)}
+        importance = stats.importance if stats else None
+        quantized = {}
+        for name, weight in zip(names, weights, strict=True):
+            ranges = notes[name].ranges if name in notes else None
+            if ranges is not None:
+                quantized[name] = quantize(weight, *ranges, scheme)
+            else:
+                quantized[name] = rtn_quantize(weight, scheme, importance, self.scale_dtype)
+        return quantized
 
     def _fill_errors(
         self,

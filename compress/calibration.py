@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,15 @@ class TextSource:
     sequence_length: int
 
 
-def token_windows(source: TextSource, tokenizer: Any, embedded: Tensor) -> CalibrationSet:
+def token_windows(source: TextSource, tokenizer: Any, embedded: Tensor | None) -> CalibrationSet:
     """The first n_sequences windows of sequence_length tokens, without overlap.
 
     Documents are joined and cut as one stream, so that every window is full. Without a path or data set the
-    `embedded` token ids [S, T] are used; they only mean something to the embedded model's tokenizer.
+    `embedded` token ids [S, T] are used, if given; they only mean something to the embedded model's tokenizer.
 
     Raises:
         CalibrationError: unreadable or too short.
-        ConfigError: a shape the embedded texts do not have.
+        ConfigError: a shape the embedded texts do not have, or no source at all.
     """
     need = source.n_sequences * source.sequence_length
     if source.path:
@@ -61,13 +62,15 @@ def token_windows(source: TextSource, tokenizer: Any, embedded: Tensor) -> Calib
         ids, label = _encode(tokenizer, text, need), f"{Path(source.path).name}"
     elif source.dataset:
         ids, label = _hub_tokens(source, tokenizer, need)
-    else:
+    elif embedded is not None:
         return _embedded_windows(source, embedded)
+    else:
+        raise ConfigError(f"nothing to take {source.what} text from; set {source.what}.path or {source.what}.dataset")
     if ids.numel() < need:
         raise CalibrationError(
             f"{source.what} text {label} has {ids.numel()} tokens, but {source.what}.n_sequences="
             f"{source.n_sequences} x sequence_length={source.sequence_length} needs {need}; "
-            f"give more text or set {source.what}.n_sequences={ids.numel() // source.sequence_length}"
+            f"give more text or lower {source.what}.n_sequences"
         )
     return CalibrationSet(ids[:need].view(source.n_sequences, source.sequence_length).clone(), label)
 
@@ -82,18 +85,22 @@ def read_text(path: Path, what: str, column: str = "text") -> str:
         raise CalibrationError(f"{what}.path={path} is not a file; give a UTF-8 text or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"{what}.path={path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{what}.path={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise CalibrationError(
+            f"{what}.path={path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             if not line.strip():
                 continue
             try:
-                rows.append(str(json.loads(line)[column]))
+                rows.append(_text_field(json.loads(line), column))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise CalibrationError(
-                    f"{path}:{number} is not a JSON object with a {column!r} field; set {what}.text_column"
+                    f"{path}:{number} is not a JSON object with text in {column!r}; set {what}.text_column"
                 ) from error
         text = "\n\n".join(rows)
     if not text.strip():
@@ -111,22 +118,43 @@ def _encode(tokenizer: Any, text: str, need: int) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _hub_tokens(source: TextSource, tokenizer: Any, need: int) -> tuple[Tensor, str]:
+def _text_field(row: Any, column: str) -> str:
+    """row[column], when it is a string; KeyError or TypeError otherwise."""
+    if not isinstance(row[column], str):
+        raise TypeError(f"{column} holds {type(row[column]).__name__}, not a string")
+    return row[column]
+
+
+def _hub_rows(source: TextSource, label: str) -> Iterator[Any]:
+    """Rows of a hub data set, streamed.
+
+    Raises:
+        EnvironmentProblem: whatever the data set library and the network below it raise, at the start or later.
+    """
     from datasets import load_dataset
 
-    label = f"{source.dataset}{'/' + source.dataset_config if source.dataset_config else ''}:{source.split}"
     try:
-        rows = load_dataset(source.dataset, source.dataset_config, split=source.split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        yield from load_dataset(source.dataset, source.dataset_config, split=source.split, streaming=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(
-            f"{source.what}.dataset={label} cannot be loaded: {error}; use {source.what}.path=<local file> offline"
+            f"{source.what}.dataset={label} cannot be read ({reason}); check its name, {source.what}.dataset_config "
+            f"and {source.what}.split, or use {source.what}.path=<local file>"
         ) from error
+
+
+def _hub_tokens(source: TextSource, tokenizer: Any, need: int) -> tuple[Tensor, str]:
+    label = f"{source.dataset}{'/' + source.dataset_config if source.dataset_config else ''}:{source.split}"
     parts: list[Tensor] = []
     have = 0
-    for row in rows:
-        if source.text_column not in row:
-            raise CalibrationError(f"{label} has columns {sorted(row)}; set {source.what}.text_column to one of them")
-        ids = tokenizer(str(row[source.text_column]) + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+    for row in _hub_rows(source, label):
+        try:
+            text = _text_field(row, source.text_column)
+        except (KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"{label} has columns {sorted(row)}, no text in {source.text_column!r}; set {source.what}.text_column"
+            ) from error
+        ids = tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         parts.append(torch.tensor(ids, dtype=torch.int64))
         have += len(ids)
         if have >= need:

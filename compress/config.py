@@ -7,6 +7,7 @@ lower case because OmegaConf reads them from YAML by name.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -56,8 +57,14 @@ class ComputeDtype(Enum):
 
 def _positive(cls: str, **values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{cls}.{name}={value} must be positive")
+        if not 0 < value < float("inf"):  # NaN fails too
+            raise ConfigError(f"{cls}.{name}={value} must be positive and finite")
+
+
+def _at_least(least: float, cls: str, why: str = "", **values: float) -> None:
+    for name, value in values.items():
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{cls}.{name}={value} must be at least {least}{why and ': ' + why}")
 
 
 @dataclass
@@ -72,8 +79,8 @@ class SchemeConfig:
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"scheme.bits={self.bits} is not supported; use 2, 3, 4 or 8")
-        _positive("scheme", group_size=self.group_size)
+            raise ConfigError(f"quant.scheme.bits={self.bits} is not supported; use 2, 3, 4 or 8")
+        _positive("quant.scheme", group_size=self.group_size)
 
 
 @dataclass
@@ -88,9 +95,9 @@ class AwqConfig:
     search_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        _positive("awq", n_grid=self.n_grid, clip_grid=self.clip_grid, search_tokens=self.search_tokens)
+        _positive("quant.awq", n_grid=self.n_grid, clip_grid=self.clip_grid, search_tokens=self.search_tokens)
         if not 0 < self.clip_max_shrink < 1:
-            raise ConfigError(f"awq.clip_max_shrink={self.clip_max_shrink} must lie between 0 and 1")
+            raise ConfigError(f"quant.awq.clip_max_shrink={self.clip_max_shrink} must lie between 0 and 1")
 
 
 @dataclass
@@ -104,9 +111,8 @@ class GptqConfig:
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        _positive("gptq", block_size=self.block_size, damping=self.damping)
-        if self.max_damping_steps < 0:
-            raise ConfigError(f"gptq.max_damping_steps={self.max_damping_steps} must not be negative")
+        _positive("quant.gptq", block_size=self.block_size, damping=self.damping)
+        _at_least(0, "quant.gptq", max_damping_steps=self.max_damping_steps)
 
 
 @dataclass
@@ -169,6 +175,13 @@ class VerifyConfig:
     # ||logits - reference|| / ||reference||, both computed from dequantized weights
     max_relative_error: float = 2e-3
 
+    def __post_init__(self) -> None:
+        _positive("verify", n_sequences=self.n_sequences, max_relative_error=self.max_relative_error)
+        if self.max_relative_error > 0.1:
+            raise ConfigError(
+                f"verify.max_relative_error={self.max_relative_error} would let a broken artifact pass; use at most 0.1"
+            )
+
 
 @dataclass
 class BenchConfig:
@@ -188,6 +201,7 @@ class BenchConfig:
             decode_tokens=self.decode_tokens,
             repeats=self.repeats,
         )
+        _at_least(0, "bench", warmup=self.warmup)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"bench.batch_sizes={self.batch_sizes} must name at least one positive batch size")
 
@@ -213,13 +227,9 @@ class EvalConfig:
     task_batch_size: int = 64
 
     def __post_init__(self) -> None:
-        _positive(
-            "eval",
-            n_sequences=self.n_sequences,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            task_batch_size=self.task_batch_size,
-        )
+        _positive("eval", batch_size=self.batch_size, task_batch_size=self.task_batch_size)
+        _at_least(2, "eval", "a standard error takes two sequences", n_sequences=self.n_sequences)
+        _at_least(2, "eval", "the first token of a sequence is given", sequence_length=self.sequence_length)
         if self.limit is not None:
             _positive("eval", limit=self.limit)
         if self.path and self.dataset:
@@ -239,9 +249,9 @@ class GateConfig:
     max_size_rise: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("max_kl_rise", "max_ppl_rise", "max_top1_drop", "max_size_rise"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"gate.{name}={getattr(self, name)} must not be negative")
+        limits = ("max_kl_rise", "max_ppl_rise", "max_top1_drop", "max_size_rise")
+        _at_least(0, "gate", **{name: getattr(self, name) for name in limits})
+        self.baseline = self.baseline and os.path.expanduser(self.baseline)
         if self.update and not self.baseline:
             raise ConfigError("gate.update=true needs gate.baseline=<file> to write to")
 
@@ -281,6 +291,21 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; give a hub id, a directory, or leave it out for the embedded model")
+        for name in ("name", "output_dir", "run_dir"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ConfigError(f"{name} is empty; leave it out for its default")
+        self.output_dir = os.path.expanduser(self.output_dir)
+        self.run_dir = self.run_dir and os.path.expanduser(self.run_dir)
+        if "/" in self.name:
+            raise ConfigError(f"name={self.name!r} names a part of a path; use letters, digits, _ and -")
+        if self.quant.rounding is Rounding.none and self.quant.transform is not Transform.none:
+            raise ConfigError("quant.rounding=none is a baseline run and takes no quant.transform; leave that out")
+        if self.quant.rounding is Rounding.none and (self.publish.dest or self.publish.repo_id):
+            raise ConfigError("publish: a baseline run (quant.rounding=none) makes no artifact; choose another recipe")
+        if self.gate.baseline and not self.eval.enabled:
+            raise ConfigError(
+                "gate.baseline needs the quality of this run; set eval.enabled=true or drop gate.baseline"
+            )
 
 
 def to_plain(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Memory a run will need, said before the first block instead of found out in the last."""
+"""What a run will need, said before the first block instead of found out in the last: memory and context."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from compress.errors import EnvironmentProblem
+from compress.config import RunConfig
+from compress.errors import ConfigError, EnvironmentProblem
 from compress.models import LoadedModel
 from compress.plan import Plan
+from compress.units import format_bytes
 
 
 @dataclass
@@ -57,22 +59,47 @@ def check_forecast(plan: Forecast, device: torch.device, out: Path) -> None:
     on_host = plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
     if free_host is not None and on_host > free_host:
         raise EnvironmentProblem(
-            f"quantizing needs about {on_host / 1e9:.1f} GB of memory, {free_host / 1e9:.1f} GB are free; "
+            f"quantizing needs about {format_bytes(on_host)} of memory, {format_bytes(free_host)} are free; "
             "lower calibration.n_sequences or calibration.sequence_length"
         )
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if plan.device_bytes > free:
             raise EnvironmentProblem(
-                f"quantizing needs about {plan.device_bytes / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free; "
+                f"quantizing needs about {format_bytes(plan.device_bytes)} on {device}, {format_bytes(free)} are free; "
                 "lower calibration.batch_size, free the GPU, or set device=cpu"
             )
     free_disk = shutil.disk_usage(out).free
     if plan.disk_bytes > free_disk:
         raise EnvironmentProblem(
-            f"checkpoints and artifact may take {plan.disk_bytes / 1e9:.1f} GB, {free_disk / 1e9:.1f} GB are free "
+            f"checkpoints and artifact may take {format_bytes(plan.disk_bytes)}, {format_bytes(free_disk)} are free "
             f"at {out}; free space or set output_dir=<another disk>"
         )
+
+
+def context_length(loaded: LoadedModel) -> int | None:
+    """The longest sequence the model was made for; None where its config does not say."""
+    length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def check_lengths(config: RunConfig, loaded: LoadedModel) -> None:
+    """No sequence that a stage will run may be longer than the model's context.
+
+    Raises:
+        ConfigError: names the setting to lower.
+    """
+    limit = context_length(loaded)
+    wanted = {
+        "calibration.sequence_length": config.calibration.sequence_length if config.quant.needs_calibration else 0,
+        "eval.sequence_length": config.eval.sequence_length if config.eval.enabled else 0,
+        "bench.prompt_tokens + bench.decode_tokens": (
+            config.bench.prompt_tokens + config.bench.decode_tokens if config.bench.enabled else 0
+        ),
+    }
+    for name, length in wanted.items():
+        if limit is not None and length > limit:
+            raise ConfigError(f"{name}={length} is longer than the model's context of {limit} tokens; lower it")
 
 
 def _available_memory_bytes() -> int | None:

@@ -88,7 +88,7 @@ def compare_with_baseline(record: Record, baseline_path: str | Path, config: Gat
             no quality to compare.
     """
     current = baseline_from_record(record)
-    baseline = _read_baseline(Path(baseline_path))
+    baseline = read_baseline(Path(baseline_path))
     for key in _IDENTITY:
         if baseline[key] != current[key]:
             raise ConfigError(
@@ -177,7 +177,7 @@ def _compare(name: str, ours: dict[str, Any], theirs: dict[str, Any], config: Ga
     )
 
 
-def _read_baseline(path: Path) -> dict[str, Any]:
+def read_baseline(path: Path) -> dict[str, Any]:
     """The baseline with every key that a comparison reads.
 
     Raises:

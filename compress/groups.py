@@ -104,7 +104,7 @@ def _fed_group(block: Block, run: RunBlock, groups: list[ScaleGroup], name: str,
     """The group that `name` feeds linearly, completed with producer, fold and channel map; None if there is none."""
     module = block.module.get_submodule(name)
     n = _channels(module)
-    device = linear_weight(module).device if is_linear(module) else module.weight.device
+    device = next(module.parameters()).device
     before, output = _linear_inputs(block, run)
 
     def answer(factors: Tensor) -> dict[str, Tensor]:
@@ -223,7 +223,11 @@ def _channel_ratio(before: Tensor, after: Tensor) -> Tensor | None:
     rounded = ratio.round()
     residual = (b - a * rounded).norm(dim=0) / energy.sqrt()
     tolerance = max(1e-2, 4 * torch.finfo(before.dtype).eps)  # inputs are rounded, and a gain stored as 1 + g
-    if bool((residual > tolerance).any()) or not bool(((rounded == 1) | (rounded == 2)).all()) or bool((rounded == 1).all()):
+    if (
+        bool((residual > tolerance).any())
+        or not bool(((rounded == 1) | (rounded == 2)).all())
+        or bool((rounded == 1).all())
+    ):
         return None
     return rounded
 

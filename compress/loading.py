@@ -79,10 +79,14 @@ def load(
         if parameter in state and stored in source.files:
             if isinstance(state[parameter], nn.Parameter):
                 value = source.tensor(stored)
-                set_parameter(network, parameter, value.to(place, dtype if value.is_floating_point() else None, copy=True))
+                set_parameter(
+                    network, parameter, value.to(place, dtype if value.is_floating_point() else None, copy=True)
+                )
             else:
                 network.get_buffer(parameter).copy_(source.tensor(stored))
-    retie(network, {n: h for n, h in (getattr(network, "all_tied_weights_keys", None) or {}).items() if h in own})
+    tied = getattr(network, "all_tied_weights_keys", None) or {}
+    retie(network, {n: h for n, h in tied.items() if h in own})
+    retie(network, {h: n for n, h in tied.items() if n in own and h not in own})
     left = list(iter_meta(network))
     if left:
         raise ArtifactError(f"{path} has no tensor for {left[0]} ({len(left)} missing); copy the artifact again")
@@ -98,8 +102,7 @@ def _parameter_names(network: nn.Module, source: SourceCheckpoint, stems: dict[s
     stored += [stem + "weight" for stem in stems]
     names = {}
     for name, now in current_names(network, stored).items():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(prefix + "."))
-        candidates += (now, f"{prefix}.{now}", now.removeprefix(prefix + "."))
+        candidates = [c for n in (name, now) for c in (n, f"{prefix}.{n}", n.removeprefix(prefix + "."))]
         found = next((c for c in candidates if c in parameters), None)
         if found is not None:
             names[name] = found
@@ -121,7 +124,11 @@ def scheme_of(name: str, module: nn.Module, config: dict[str, Any]) -> QuantSche
     for group in by_name or by_class:
         weights = group["weights"]
         strategy = weights.get("strategy") or "tensor"
-        if weights.get("type") != "int" or strategy not in ("tensor", "channel", "group") or group.get("input_activations"):
+        if (
+            weights.get("type") != "int"
+            or strategy not in ("tensor", "channel", "group")
+            or group.get("input_activations")
+        ):
             raise ArtifactError(f"{name} is quantized as {weights.get('type')}/{strategy}, which is not supported")
         return QuantScheme(
             bits=int(weights["num_bits"]),

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from compress.artifact import MANIFEST
 from compress.calibration import CalibrationSet
 from compress.models import LoadedModel
 from compress.plan import Plan
 from compress.progress import progress
-
-if TYPE_CHECKING:
-    from compress.pipeline import Run
+from compress.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +29,13 @@ def measure_size(loaded: LoadedModel, manifest: dict[str, Any] | None, artifact:
     weight_bytes, artifact_bytes, quantized_bits = reference_bytes, None, None
     if manifest is not None:
         files = list(artifact.glob("*.safetensors"))
-        artifact_bytes = sum(p.stat().st_size for p in artifact.iterdir())
+        # not the card, which is written from these figures
+        artifact_bytes = sum(
+            p.stat().st_size for p in [*files, *(artifact / n for n in [*manifest["files"], MANIFEST])]
+        )
         weight_bytes = sum(_nbytes(t) for t in manifest["tensors"].values())
         bits = [(p.n * p.k, p.scheme.bits_per_weight(p.n, p.k)) for p in plan.linears if p.scheme is not None]
         quantized_bits = sum(n * b for n, b in bits) / sum(n for n, _ in bits)
-        assert files
     return {
         "weight_bytes": weight_bytes,
         "reference_weight_bytes": reference_bytes,

@@ -58,7 +58,9 @@ class LoadedModel:
     def release(self, prefix: str) -> None:
         """Return the parameters below `prefix` to meta."""
         for name, parameter in list(_submodule(self.model, prefix).named_parameters()):
-            set_parameter(self.model, f"{prefix}.{name}" if prefix else name, torch.empty_like(parameter, device="meta"))
+            set_parameter(
+                self.model, f"{prefix}.{name}" if prefix else name, torch.empty_like(parameter, device="meta")
+            )
 
     def outside_blocks(self) -> list[str]:
         """Names of the parameters that belong to no decoder block."""
@@ -200,8 +202,8 @@ def _reject_unquantizable(blocks: list[Block]) -> None:
             # the kernel of a convolution is small and stays as it is, like a norm
             if parameter.ndim == 3 and name.rpartition(".")[0] not in convolutions:
                 raise UnsupportedModel(
-                    f"{block.name}.{name} is a fused expert weight of shape {list(parameter.shape)}; leaving it at "
-                    "full precision without a word would be wrong, and quantizing 3-D weights is not supported yet"
+                    f"{block.name}.{name} is a 3-D weight of shape {list(parameter.shape)} (fused experts, as a rule); "
+                    "leaving it at full precision without a word would be wrong, and quantizing it is not supported yet"
                 )
 
 

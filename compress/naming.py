@@ -18,9 +18,7 @@ from compress.source import SourceCheckpoint
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def match_names(
-    network: nn.Module, source: SourceCheckpoint
-) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+def match_names(network: nn.Module, source: SourceCheckpoint) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Pair parameters and persistent buffers with source tensors; say what is tied and what is unused.
 
     Returns:
@@ -48,8 +46,9 @@ def match_names(
     tied = {}
     by_identity: dict[int, str] = {id(state[n]): n for n in names}
     tied_keys = dict(getattr(network, "all_tied_weights_keys", None) or {})
+    held_by = {holder: name for name, holder in tied_keys.items()}  # only the head may be stored
     for name in list(missing):
-        holder = by_identity.get(id(state[name])) or tied_keys.get(name)
+        holder = by_identity.get(id(state[name])) or tied_keys.get(name) or held_by.get(name)
         if holder in names:
             tied[name] = holder
             missing.remove(name)

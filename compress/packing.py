@@ -42,7 +42,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         padded = torch.zeros(rows, words * per_word, dtype=torch.int32, device=codes.device)
         padded[:, :cols] = codes.int()
         fields = padded.view(rows, words, per_word)
-        packed = fields[:, :, 0].clone()
+        packed = fields[:, :, 0].clone(memory_format=torch.contiguous_format)
         for i in range(1, per_word):
             packed |= fields[:, :, i] << (bits * i)
         return packed

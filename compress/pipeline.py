@@ -7,10 +7,8 @@ run that was killed, or is started again, does only what is not done.
 from __future__ import annotations
 
 import logging
-import re
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import shutil
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,90 +20,32 @@ from compress import environment
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
-from compress.config import ComputeDtype, Rounding, RunConfig, to_plain
-from compress.errors import CompressError
-from compress.forecast import check_forecast, forecast
-from compress.loading import load
+from compress.config import RunConfig, to_plain
+from compress.errors import ArtifactError, CompressError
+from compress.forecast import check_forecast, check_lengths, context_length, forecast
 from compress.measure import measure_quality, measure_size, measure_speed
-from compress.models import LoadedModel, choose_device, load_dense, load_model
-from compress.plan import Plan, make_plan
+from compress.models import choose_device, load_model
+from compress.plan import make_plan
 from compress.progress import progress
+from compress.run import Run, compute_dtype, default_run_dir, quantize_mark
+from compress.source import sha256_file
 from compress.state import RunState, code_sha256, fingerprint, locked
 from compress.texts import calibration_set, default_tasks, evaluation_set
+from compress.units import format_bytes
 from compress.verify import check_kept, save_expected, verify_artifact
 
 log = logging.getLogger(__name__)
 
 _VERIFY_TOKENS = 64
-_QUANTIZE_CODE = (
-    "quant.py", "packing.py", "methods", "blocks.py", "awq_pass.py", "groups.py", "streams.py", "models.py",
-    "naming.py", "source.py", "plan.py", "calibration.py", "checkpoint.py", "artifact.py",
-)  # fmt: skip
+_EXPECTED = "verify.safetensors"
 _RUN_CODE = ("qlinear.py", "loading.py", "kernels", "measure.py")
 
 
-@dataclass
-class Run:
-    """What the stages of one run share. Models that only later stages need are loaded when first asked for."""
-
-    config: RunConfig
-    loaded: LoadedModel
-    source_sha256: str
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    run_dir: Path
-    state: RunState
-    warnings: list[str] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    _models: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.config.quant.rounding is Rounding.none
-
-    @property
-    def artifact(self) -> Path:
-        return self.run_dir / "artifact"
-
-    def tokenizer(self) -> Any:
-        if "tokenizer" not in self._models:
-            from transformers import AutoTokenizer
-
-            self._models["tokenizer"] = AutoTokenizer.from_pretrained(
-                self.loaded.source.path, trust_remote_code=self.config.trust_remote_code
-            )
-        return self._models["tokenizer"]
-
-    def reference(self, dtype: torch.dtype) -> Any:
-        """The unquantized model on the device, in the given dtype."""
-        key = f"reference {dtype}"
-        if key not in self._models:
-            fresh = load_model(str(self.loaded.source.path), None, self.config.trust_remote_code)
-            self._models[key] = load_dense(fresh, self.device, dtype)
-        return self._models[key]
-
-    def quantized(self, dtype: torch.dtype) -> Any:
-        """The artifact as reloaded from disk; the unquantized model itself for a baseline run."""
-        if self.is_baseline:
-            return self.reference(dtype)
-        key = f"quantized {dtype}"
-        if key not in self._models:
-            self._models[key] = load(
-                self.artifact, str(self.device), dtype, trust_remote_code=self.config.trust_remote_code
-            )
-        return self._models[key]
-
-    def stage(self, name: str, inputs: Any, work: Callable[[], Any]) -> Any:
-        """Run or reuse a stage; remembers its seconds and says so."""
-        outcome = self.state.run(name, inputs, work)
-        self.timings[name] = outcome.seconds
-        log.info("%s: %s", name, "done before, reused" if outcome.reused else f"{outcome.seconds:.1f} s")
-        return outcome.result
-
-
-def run_pipeline(config: RunConfig) -> dict[str, Any]:
+def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[str, Any]:
     """Everything `python -m compress` does for one recipe; returns the run record, also written to run.json.
+
+    Args:
+        command: the command line that makes this run again, for the record.
 
     Raises:
         CompressError: and its subclasses, for anything a user can act on.
@@ -113,43 +53,55 @@ def run_pipeline(config: RunConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     loaded = load_model(config.model, config.revision, config.trust_remote_code, config.quant.blocks)
     plan = make_plan(loaded, config.quant)
-    dtype = _compute_dtype(config.compute_dtype, device, loaded.dtype)
+    check_lengths(config, loaded)
+    dtype = compute_dtype(config.compute_dtype, device, loaded.dtype)
     source_sha256 = loaded.source.sha256()
-    mark = _quantize_mark(config, source_sha256, device, dtype)
-    run_dir = Path(config.run_dir or _default_run_dir(config, mark))
+    mark = quantize_mark(config, source_sha256, device, dtype)
+    run_dir = Path(config.run_dir or default_run_dir(config, mark))
     with locked(run_dir):
         state = RunState(run_dir, config.force)
         run = Run(config, loaded, source_sha256, plan, device, dtype, run_dir, state)
         write_json(run_dir / "config.json", to_plain(config))
         record = _run_stages(run, mark)
+        if command is not None:
+            record["command"] = command
+        write_json(run_dir / "run.json", record)
     return record
 
 
 def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
     config = run.config
     log.info("%s: %s -> %s", config.name, config.model, run.run_dir)
+    evaluation = tasks = None
+    if config.eval.enabled:  # read before the first hour of work, so that a wrong path costs nothing
+        evaluation = evaluation_set(config.eval, run.loaded, run.tokenizer())
+        tasks = default_tasks(config.eval, run.loaded)
+        if config.eval.tasks and "eval" not in run.state.stages:
+            from compress.eval.task_index import load_tasks
+
+            load_tasks(config.eval.tasks, config.eval.include_path)
     quantized, calibration = _quantize(run, mark) if not run.is_baseline else (None, None)
     content = quantized["manifest_sha256"] if quantized else run.source_sha256
     code = code_sha256(*_RUN_CODE)
     verified = _verify(run, content, code) if quantized else None
 
-    evaluation = tasks = None
-    if config.eval.enabled:
-        evaluation = evaluation_set(config.eval, run.loaded, run.tokenizer())
-        tasks = default_tasks(config.eval, run.loaded)
     speed = quality = None
     place = {"device": environment.device_name(run.device), "dtype": str(run.dtype)}
     if config.bench.enabled:
-        inputs = {"content": content, "bench": to_plain(config.bench), "code": code, **place, "eval": code_sha256("eval")}
+        inputs = {
+            "content": content,
+            "bench": to_plain(config.bench),
+            "code": code,
+            **place,
+            "eval": code_sha256("eval"),
+        }
         speed = run.stage("bench", inputs, lambda: measure_speed(run))
     if evaluation is not None:
         inputs = {"content": content, "eval": to_plain(config.eval), "tokens": evaluation.sha256, "tasks": tasks,
                   "code": code, **place, "eval_code": code_sha256("eval")}  # fmt: skip
         quality = run.stage("eval", inputs, lambda: measure_quality(run, evaluation, tasks or []))
     size = measure_size(run.loaded, quantized["manifest"] if quantized else None, run.artifact, run.plan)
-    record = _record(run, mark, quantized, calibration, verified, size, speed, quality)
-    write_json(run.run_dir / "run.json", record)
-    return record
+    return _record(run, mark, quantized, calibration, verified, size, speed, quality)
 
 
 def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -164,15 +116,30 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         facts = {"source": calibration.source, "sha256": calibration.sha256, "n_sequences": n, "sequence_length": t}
     inputs = {**mark, "calibration": facts}
     checkpoints = run.run_dir / "checkpoints" / fingerprint(inputs)[:16]
-    done = run.state.stages.get("quantize")
-    if done and not (run.artifact / artifacts.MANIFEST).is_file():
-        run.state.forget("quantize")
     if config.force:
-        _remove_checkpoints(checkpoints)
-    result = run.stage("quantize", inputs, lambda: _quantize_and_save(run, calibration, facts, checkpoints))
-    _remove_checkpoints(checkpoints)
-    result["manifest"] = artifacts.read_manifest(run.artifact)
-    return result, facts
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    result = run.stage(
+        "quantize",
+        inputs,
+        lambda: _quantize_and_save(run, calibration, facts, checkpoints),
+        lambda result: _artifact_damage(run, result),
+    )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return {**result, "manifest": artifacts.read_manifest(run.artifact)}, facts
+
+
+def _artifact_damage(run: Run, result: dict[str, Any]) -> str | None:
+    """What is wrong with the files that quantizing left; None when they are as they were."""
+    try:
+        artifacts.check_manifest(run.artifact)
+    except ArtifactError as error:
+        return str(error)
+    if artifacts.manifest_sha256(run.artifact) != result["manifest_sha256"]:
+        return f"{run.artifact / artifacts.MANIFEST} changed since"
+    expected = run.run_dir / _EXPECTED
+    if not expected.is_file() or sha256_file(expected) != result["expected_sha256"]:
+        return f"{expected} changed since or is gone"
+    return None
 
 
 def _quantize_and_save(
@@ -183,13 +150,15 @@ def _quantize_and_save(
     n_tokens = calibration.n_tokens if calibration else 0
     expected = forecast(loaded, run.plan, n_tokens, batch * config.calibration.sequence_length, run.dtype)
     log.info(
-        "forecast: %.2f GB on %s at the peak of quantization, %.2f GB of activations, %.2f GB of disk",
-        expected.device_bytes / 1e9, run.device, expected.host_bytes / 1e9, expected.disk_bytes / 1e9,
+        "forecast: %s on %s at the peak of quantization, %s of activations, %s of disk",
+        format_bytes(expected.device_bytes), run.device, format_bytes(expected.host_bytes),
+        format_bytes(expected.disk_bytes),
     )  # fmt: skip
     check_forecast(expected, run.device, run.run_dir)
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
     generator = torch.Generator().manual_seed(0)
-    verify_ids = torch.randint(0, vocabulary, (config.verify.n_sequences, _VERIFY_TOKENS), generator=generator)
+    n_tokens_verified = min(_VERIFY_TOKENS, context_length(loaded) or _VERIFY_TOKENS)
+    verify_ids = torch.randint(0, vocabulary, (config.verify.n_sequences, n_tokens_verified), generator=generator)
     inputs = EngineInputs(
         loaded, run.plan, calibration.input_ids if calibration else None, verify_ids, batch,
         run.device, run.dtype, checkpoints,
@@ -203,9 +172,10 @@ def _quantize_and_save(
         environment.versions(), [layer.without_time() for layer in result.layers],
     )  # fmt: skip
     artifacts.save_artifact(loaded, checkpoints, run.artifact, saved)
-    save_expected(run.run_dir / "verify.safetensors", verify_ids, result.verify_logits)
+    save_expected(run.run_dir / _EXPECTED, verify_ids, result.verify_logits)
     return {
         "manifest_sha256": artifacts.manifest_sha256(run.artifact),
+        "expected_sha256": sha256_file(run.run_dir / _EXPECTED),
         "layers": [asdict(layer) for layer in result.layers],
         "forecast": expected.to_plain(),
         "peak_memory_bytes": _peak_memory_bytes(run.device),
@@ -219,7 +189,7 @@ def _verify(run: Run, content: str, code: str) -> dict[str, Any]:
         manifest = artifacts.check_manifest(run.artifact)
         kept = check_kept(run.loaded.source, manifest)
         figures = verify_artifact(
-            run.artifact, run.run_dir / "verify.safetensors", str(run.device),
+            run.artifact, run.run_dir / _EXPECTED, str(run.device),
             str(run.dtype).removeprefix("torch."), config.verify, config.trust_remote_code,
         )  # fmt: skip
         counts: dict[str, int] = {}
@@ -264,7 +234,6 @@ def _record(
         "artifact": str(run.artifact) if quantized else None,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "compress_version": environment.versions()["compress"],
-        "command": ["python", "-m", "compress", *sys.argv[1:]],
         "verified": True if verified else None,
         "verify": verified,
         "scheme": ", ".join(s.label() for s in run.plan.schemes()) or str(run.loaded.dtype).removeprefix("torch."),
@@ -277,40 +246,11 @@ def _record(
         "speed": speed,
         "layers": layers,
         "timings": run.timings,
-        "memory": {"forecast": quantized["forecast"], "peak_bytes": quantized["peak_memory_bytes"]} if quantized else None,
+        "memory": {"forecast": quantized["forecast"], "peak_bytes": quantized["peak_memory_bytes"]}
+        if quantized
+        else None,
         "warnings": run.warnings,
     }
-
-
-def _quantize_mark(
-    config: RunConfig, source_sha256: str, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Everything that decides the bytes of the artifact, as far as it is known before text is read."""
-    return {
-        "source": source_sha256,
-        "quant": to_plain(config.quant),
-        "calibration_config": to_plain(config.calibration) if config.quant.needs_calibration else None,
-        "device": device.type,
-        "dtype": str(dtype),
-        "code": code_sha256(*_QUANTIZE_CODE),
-    }
-
-
-def _default_run_dir(config: RunConfig, mark: dict[str, Any]) -> Path:
-    slug = re.sub(r"[^\w.-]+", "--", config.model.strip("/")).strip("-")[-80:]
-    return Path(config.output_dir) / slug / f"{config.name}-{fingerprint(mark)[:8]}"
-
-
-def _compute_dtype(wanted: ComputeDtype, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    if wanted is not ComputeDtype.auto:
-        return getattr(torch, wanted.value)  # type: ignore[no-any-return]
-    return torch.float32 if device.type == "cpu" else stored
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

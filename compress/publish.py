@@ -20,7 +20,7 @@ from compress.config import PublishConfig
 from compress.errors import ArtifactError, ConfigError, EnvironmentProblem, VerifyError
 from compress.record import Record
 
-__all__ = ["HubApi", "Published", "model_card", "publish"]
+__all__ = ["HubApi", "Published", "check_destination", "model_card", "publish"]
 
 MANIFEST = "manifest.json"
 
@@ -89,6 +89,23 @@ def _manifest_problem(path: Path) -> str | None:
     return None
 
 
+def check_destination(dest: Path) -> None:
+    """That an artifact may be put at `dest`: nothing is there, an empty directory, or an earlier artifact, which is
+    looked into once it can be compared.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    dest = Path(os.path.abspath(dest.expanduser()))
+    if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
+        raise ConfigError(f"publish.dest={dest} is not a directory; choose a path that does not exist")
+    if dest.is_dir() and any(dest.iterdir()) and not (dest / MANIFEST).is_file():
+        raise ConfigError(
+            f"publish.dest={dest} already holds something else, which is never overwritten; "
+            "choose a path that does not exist or move it away"
+        )
+
+
 def _copy_artifact(artifact: Path, dest: Path) -> bool:
     """Copy, check and rename into place; False when `dest` is this very artifact already."""
     source, target = artifact.resolve(), dest.resolve()
@@ -96,8 +113,7 @@ def _copy_artifact(artifact: Path, dest: Path) -> bool:
         raise ConfigError(
             f"publish.dest={dest} and the artifact {artifact} lie inside each other; choose another place"
         )
-    if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
-        raise ConfigError(f"publish.dest={dest} is not a directory; choose a path that does not exist")
+    check_destination(dest)
     if dest.is_dir() and any(dest.iterdir()):
         if _same_artifact(artifact, dest):
             return False

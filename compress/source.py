@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         from compress.reference import model_path
 
         return model_path()
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path.resolve()
     if path.exists():
@@ -212,7 +213,9 @@ def _known_hashes(path: Path, shards: list[Path]) -> dict[str, str]:
         for line in filter(str.strip, sums.read_text(encoding="utf-8").splitlines()):
             match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line.strip())
             if match is None:
-                raise ModelFileError(f"{sums}: cannot read the line {line[:80]!r}; write it with sha256sum, or remove it")
+                raise ModelFileError(
+                    f"{sums}: cannot read the line {line[:80]!r}; write it with sha256sum, or remove it"
+                )
             known[Path(match[2]).as_posix()] = match[1].lower()
     for shard in shards:
         blob = shard.resolve().name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.atomic import disk_errors, write_json
-from compress.errors import RunLocked
+from compress.errors import ConfigError, RunLocked
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(value: Any) -> str:
@@ -40,10 +43,15 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     Raises:
         RunLocked: another process holds it.
+        ConfigError: the directory holds something other than a run: nothing of the user's is overwritten.
         EnvironmentProblem: the directory cannot be made.
     """
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / ".lock").is_file() and (found := next(run_dir.iterdir(), None)):
+            raise ConfigError(
+                f"run_dir={run_dir} holds {found.name} and is not an earlier run; give a new or empty directory"
+            )
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -78,16 +86,30 @@ class RunState:
         self.stages: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
-                self.stages = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-                self.stages = {}  # a damaged state costs time, never truth: every stage is done again
+                self.stages = _checked(json.loads(self.path.read_text(encoding="utf-8"))["stages"])
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+                # a damaged state costs time, never truth
+                log.warning("%s is damaged (%r); every stage is done again", self.path, error)
 
-    def run(self, name: str, inputs: Any, work: Callable[[], Any]) -> StageOutcome:
-        """Do a stage unless it was finished with the same inputs; `work` returns JSON values."""
+    def run(
+        self, name: str, inputs: Any, work: Callable[[], Any], damage: Callable[[Any], str | None] = lambda _: None
+    ) -> StageOutcome:
+        """Do a stage unless it was finished with the same inputs.
+
+        Args:
+            inputs: JSON values that decide the result.
+            work: returns the result as JSON values.
+            damage: given a finished stage's result, says what is wrong with the files it left, None when nothing is.
+                Then this stage and all others are done again: they may have used the damaged files.
+        """
         mark = fingerprint(inputs)
         done = self.stages.get(name)
         if done and done["fingerprint"] == mark and not self.force:
-            return StageOutcome(done["result"], done["seconds"], reused=True)
+            problem = damage(done["result"])
+            if problem is None:
+                return StageOutcome(done["result"], done["seconds"], reused=True)
+            log.warning("%s: was finished, but %s; doing everything again", name, problem)
+            self.stages.clear()
         started = time.perf_counter()
         result = work()
         seconds = time.perf_counter() - started
@@ -95,6 +117,9 @@ class RunState:
         write_json(self.path, {"schema": 1, "stages": self.stages})
         return StageOutcome(result, seconds, reused=False)
 
-    def forget(self, name: str) -> None:
-        """Make the next `run` of a stage do it again, whatever its fingerprint."""
-        self.stages.pop(name, None)
+
+def _checked(stages: Any) -> dict[str, dict[str, Any]]:
+    """`stages` of a state.json, once every entry has what `RunState.run` reads; KeyError or TypeError if not."""
+    for entry in stages.values():
+        _ = entry["fingerprint"], entry["result"], float(entry["seconds"])
+    return stages  # type: ignore[no-any-return]

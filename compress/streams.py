@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,13 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def rehearsal(self) -> BlockCall:
+        """The same call with its own copy of what a block may write to, so that running it leaves no trace."""
+        copied = (copy(v) if isinstance(v, (dict, list)) else v for v in (*self.args, *self.kwargs.values()))
+        values = list(copied)
+        n = len(self.args)
+        return BlockCall(tuple(values[:n]), dict(zip(self.kwargs, values[n:], strict=True)))
+
 
 @dataclass
 class HiddenStream:
@@ -47,9 +55,13 @@ class HiddenStream:
     def n_tokens(self) -> int:
         return sum(batch.numel() for batch in self.token_batches)
 
-    def forward(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """Run block number `index` on batch number `batch`: [B, T, H]."""
+    def forward(self, block: nn.Module, index: int, batch: int, for_good: bool = False) -> Tensor:
+        """Run block number `index` on batch number `batch`: [B, T, H].
+
+        What the block hands to later ones through a dict of its call stays there only `for_good`.
+        """
         call = self.calls[batch][index]
+        call = call if for_good else call.rehearsal()
         # a copy, because a block may add to its input in place and this one is needed again
         hidden = self.hidden[batch].to(self.device, copy=True)
         output = block(hidden, *call.args, **call.kwargs)
@@ -62,7 +74,7 @@ class HiddenStream:
             NumericalError: an output is not finite.
         """
         for i, hidden in enumerate(self.hidden):
-            output = self.forward(block.module, index, i)
+            output = self.forward(block.module, index, i, for_good=True)
             if not torch.isfinite(output).all():
                 raise NumericalError(
                     f"{block.name} gives NaN or Inf on the calibration tokens; use compute_dtype=float32, "
@@ -102,11 +114,11 @@ def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -
         last = len(loaded.blocks) - 1
         for batch, hidden in zip(stream.token_batches, stream.hidden, strict=True):
 
-            def stub(index: int, h: Tensor, final: Tensor = hidden) -> Any:
+            def stub(index: int, h: Tensor, _a: object, _k: object, final: Tensor = hidden) -> Any:
                 value = final.to(stream.device) if index == last else h
                 return (value,) if loaded.block_returns_tuple else value
 
-            with torch.no_grad(), _stubbed(loaded.blocks, lambda i, h, _a, _k, stub=stub: stub(i, h)):
+            with torch.no_grad(), _stubbed(loaded.blocks, stub):
                 logits.append(loaded.model(batch.to(stream.device), use_cache=False).logits.float().cpu())
     finally:
         _release_outside(loaded)
@@ -137,6 +149,8 @@ def _same(a: Any, b: Any) -> bool:
 
 def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
     """Input of the first block and the calls of all blocks for one batch."""
+    from transformers import Cache
+
     first: list[Tensor] = []
     calls: list[BlockCall] = []
     last = len(loaded.blocks) - 1
@@ -148,12 +162,15 @@ def _record(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall
                 f"{type(loaded.model).__name__} does more than pass the output of block {len(calls) - 1} to block "
                 f"{len(calls)}; only decoders that run their blocks one after the other are supported"
             )
+        if any(isinstance(v, Cache) for v in (*args, *kwargs.values())):
+            raise UnsupportedModel(f"{type(loaded.model).__name__} fills a cache even with use_cache=False")
         calls.append(BlockCall(args, kwargs))
         if index == 0:
             first.append(hidden.clone())
             if loaded.block_returns_tuple is None:
                 # Some architectures' blocks return a tuple, some a tensor; one real call tells.
-                loaded.block_returns_tuple = isinstance(original(hidden.clone(), *args, **kwargs), tuple)
+                trial = calls[0].rehearsal()
+                loaded.block_returns_tuple = isinstance(original(hidden.clone(), *trial.args, **trial.kwargs), tuple)
         if index == last:
             raise _Stop
         return (hidden,) if loaded.block_returns_tuple else hidden

@@ -9,6 +9,7 @@ precision of that kernel.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,8 @@ def verify_artifact(artifact: Path, expected: Path, device: str, dtype: str, con
     root = str(Path(__file__).resolve().parent.parent)
     process = subprocess.run(command, capture_output=True, text=True, env=_environment(root))
     if process.returncode != 0:
-        tail = "\n".join(process.stderr.strip().splitlines()[-3:])
-        raise VerifyError(f"a fresh process could not load and run {artifact}: {tail}")
+        tail = "\n".join(process.stderr.strip().splitlines()[-3:]) or "no message; was it killed for memory?"
+        raise VerifyError(f"a fresh process could not load and run {artifact} (exit {process.returncode}): {tail}")
     figures = json.loads(process.stdout.strip().splitlines()[-1])
     for key, limit in (
         ("relative_error", config.max_relative_error),
@@ -81,8 +82,6 @@ def check_kept(source: SourceCheckpoint, manifest: dict[str, Any]) -> int:
 
 
 def _environment(root: str) -> dict[str, str]:
-    import os
-
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
 

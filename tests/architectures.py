@@ -1,8 +1,8 @@
-"""Tiny random models of many architectures, and what is known of their blocks: an oracle for the search by experiment."""
+"""Tiny random models of many architectures, and what is known of their blocks: an oracle for the search."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ del _GPT2["max_position_embeddings"]
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-O, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
+OUT, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
 NORM_1, NORM_2 = "input_layernorm", "post_attention_layernorm"
 
 
@@ -46,24 +46,23 @@ class Architecture:
     groups: dict[tuple[str, ...], str | None]
     gain: str = "gain"  # how this architecture's norms store their gain
     blocks: str = "model.layers"
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 _LLAMA_GROUPS: dict[tuple[str, ...], str | None] = {
     QKV: NORM_1,
-    O: "self_attn.v_proj",
+    OUT: "self_attn.v_proj",
     GATE_UP: NORM_2,
     DOWN: "mlp.up_proj",
 }
 _POST_NORM_GROUPS: dict[tuple[str, ...], str | None] = {  # norms after attention and MLP: the stream itself is read
     QKV: None,
-    O: "self_attn.v_proj",
+    OUT: "self_attn.v_proj",
     GATE_UP: None,
     DOWN: "mlp.up_proj",
 }
 _SANDWICH_GROUPS: dict[tuple[str, ...], str | None] = {
     QKV: NORM_1,
-    O: "self_attn.v_proj",
+    OUT: "self_attn.v_proj",
     GATE_UP: "pre_feedforward_layernorm",
     DOWN: "mlp.up_proj",
 }
@@ -89,13 +88,13 @@ _add("gemma3", "gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention", "f
      gain="gain_plus_one")  # fmt: skip
 _add("olmo2", "olmo2", _LLAMA, _POST_NORM_GROUPS)
 # attention and MLP of a parallel block read one tensor
-_add("cohere", "cohere", _LLAMA, {QKV + GATE_UP: NORM_1, O: "self_attn.v_proj", DOWN: "mlp.up_proj"})
+_add("cohere", "cohere", _LLAMA, {QKV + GATE_UP: NORM_1, OUT: "self_attn.v_proj", DOWN: "mlp.up_proj"})
 _add("starcoder2", "starcoder2", _LLAMA,
-     {QKV: NORM_1, O: "self_attn.v_proj", ("mlp.c_fc",): NORM_2, ("mlp.c_proj",): None})  # fmt: skip
+     {QKV: NORM_1, OUT: "self_attn.v_proj", ("mlp.c_fc",): NORM_2, ("mlp.c_proj",): None})  # fmt: skip
 _add("stablelm", "stablelm", _LLAMA, _LLAMA_GROUPS)
 # fused projections: a factor on the rows of q or of the gate does not pass through a softmax or a SiLU
 _add("phi3", "phi3", _LLAMA,
-     {("self_attn.qkv_proj",): NORM_1, O: None, ("mlp.gate_up_proj",): NORM_2, DOWN: None})  # fmt: skip
+     {("self_attn.qkv_proj",): NORM_1, OUT: None, ("mlp.gate_up_proj",): NORM_2, DOWN: None})  # fmt: skip
 _add("phi", "phi", _FULL_HEADS,
      {(*QKV, "mlp.fc1"): NORM_1, ("self_attn.dense",): "self_attn.v_proj", ("mlp.fc2",): None})  # fmt: skip
 _add("gpt2", "gpt2", _GPT2,
@@ -135,6 +134,9 @@ def build(name: str) -> nn.Module:
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 else:
                     parameter.mul_(4)  # initial weights of 0.02 leave softmax and activations nearly linear
+            for module_name, module in model.named_modules():
+                if name == "opt" and module_name.endswith("fc1"):
+                    module.bias.add_(3)  # a ReLU that is off for every token would hide what feeds it
     return model.eval()
 
 

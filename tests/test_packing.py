@@ -21,7 +21,7 @@ def random_codes(bits: int, rows: int, cols: int, seed: int) -> Tensor:
     return torch.randint(0, 2**bits, (rows, cols), generator=generator).to(torch.uint8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(bits_and_shape)
 def test_unpack_inverts_pack(case: tuple[int, int, int, int]) -> None:
     """Oracle: the identity."""

@@ -71,7 +71,7 @@ schemes = st.builds(
 shapes = st.tuples(st.integers(1, 6), st.sampled_from([16, 32, 48]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(schemes, st.sampled_from(KINDS), shapes, st.integers(0, 2**31))
 def test_error_is_at_most_half_a_step(scheme: QuantScheme, kind: str, shape: tuple[int, int], seed: int) -> None:
     """Oracle: the definition of rounding. absmax covers every weight up to half a step, so no weight is further than
@@ -86,7 +86,7 @@ def test_error_is_at_most_half_a_step(scheme: QuantScheme, kind: str, shape: tup
     assert bool((error <= 0.5 * scale.double().unsqueeze(-1) + 1e-5 * reach).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schemes, st.sampled_from(KINDS), shapes, st.integers(0, 2**31))
 def test_zero_stays_zero(scheme: QuantScheme, kind: str, shape: tuple[int, int], seed: int) -> None:
     """Oracle: padding and pruned weights are exactly 0 and must come back as exactly 0."""
@@ -96,7 +96,7 @@ def test_zero_stays_zero(scheme: QuantScheme, kind: str, shape: tuple[int, int],
     assert torch.count_nonzero(dequantize(quantize(weight, scale, zero, scheme))[:, ::3]) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schemes, st.sampled_from(KINDS), shapes, st.integers(0, 2**31))
 def test_quantizing_twice_changes_nothing(scheme: QuantScheme, kind: str, shape: tuple[int, int], seed: int) -> None:
     """Oracle: a weight that lies on the grid already gets its own codes again, and fake_quantize is the same map."""
@@ -210,7 +210,7 @@ def test_what_cannot_be_quantized_is_said() -> None:
         weight[1, 7] = bad
         with pytest.raises(NumericalError, match="NaN or Inf"):
             choose_qparams(weight, scheme)
-    with pytest.raises(NumericalError, match="does not fit torch.float16"):
+    with pytest.raises(NumericalError, match=r"does not fit torch.float16"):
         choose_qparams(matrix("normal", 2, 32, 6) * 1e7, scheme, scale_dtype=torch.float16)
     with pytest.raises(ConfigError, match=r"group_size=128 does not divide K=96; use one of \[32\]"):
         QuantScheme(4).n_groups(96)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compress.config import AwqConfig
 from compress.errors import NumericalError
-from compress.quant import Granularity, QuantScheme, choose_qparams, fake_quantize, group_view
+from compress.quant import Granularity, Observer, QuantScheme, choose_qparams, fake_quantize, group_view
 
 
 @dataclass
@@ -106,7 +106,7 @@ def _per_producer(values: Tensor, channel_map: Tensor, n_producer: int) -> Tenso
 def scaled_fake_quantize(weight: Tensor, input_scales: Tensor, scheme: QuantScheme) -> Tensor:
     """Q(W diag(s)) diag(1/s): what the group computes with scales s [K], in the unscaled input's terms. [N, K]."""
     scaled = weight * input_scales
-    scale, zero = choose_qparams(scaled, scheme)
+    scale, zero = choose_qparams(scaled, replace(scheme, observer=Observer.ABSMAX))  # a range search inside a search
     return fake_quantize(scaled, scale, zero, scheme) / input_scales
 
 
@@ -118,6 +118,7 @@ def clip_ranges(
     Args:
         weight: float32 [N, K]; hessian: float32 [K, K] = E[x x^T].
     """
+    scheme = replace(scheme, observer=Observer.ABSMAX)  # this is the range search
     n, k = weight.shape
     n_groups = scheme.n_groups(k)
     size = k // n_groups

@@ -15,6 +15,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from compress.config import GptqConfig
 from compress.errors import NumericalError
-from compress.quant import QuantizedWeight, QuantScheme, choose_qparams, group_view
+from compress.quant import QuantizedWeight, QuantScheme, choose_qparams
 
 
 @dataclass
@@ -50,90 +51,120 @@ def gptq_quantize(
         NumericalError: weight or Hessian not finite, or no damping within config makes it positive definite.
         ConfigError: the group size does not divide K.
     """
+    return gptq_quantize_shared([weight], hessian, scheme, config, scale_dtype)[0]
+
+
+def gptq_quantize_shared(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    scheme: QuantScheme,
+    config: GptqConfig,
+    scale_dtype: torch.dtype = torch.float32,
+) -> list[GptqResult]:
+    """Quantize weights [N_i, K] that read the same input, with one factorisation and one pass over the columns.
+
+    Rows do not see each other, so the codes are those of separate calls. Raises as `gptq_quantize`.
+    """
     if not torch.isfinite(hessian).all():
         raise NumericalError("the Hessian holds NaN or Inf: activations overflowed; use compute_dtype=float32")
-    W = weight.float().clone()
+    if bool((hessian.diagonal() < 0).any()):
+        raise NumericalError("the Hessian has a negative diagonal, which no mean of x x^T has")
     H = hessian.float().clone()
     dead = H.diagonal() == 0
     # the mean of the live ones, so that dead inputs leave the damping as it is
     H.diagonal()[dead] = H.diagonal()[~dead].mean() if not dead.all() else 1.0
+    W = torch.cat([w.float() for w in weights])
     W[:, dead] = 0
+    sizes = [w.shape[0] for w in weights]
+    qparams = [choose_qparams(part, scheme, H.diagonal(), scale_dtype) for part in W.split(sizes)]
 
-    scale, zero = choose_qparams(W, scheme, importance=H.diagonal(), scale_dtype=scale_dtype)
+    k = W.shape[1]
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if config.act_order else None
+    columns = torch.arange(k, device=W.device) if order is None else order
+    groups = (columns // (k // scheme.n_groups(k))).tolist()
     if order is not None:
         W, H = W[:, order], H[order][:, order]
     Hinv, damping, steps = _inverse_cholesky(H, config)
-    step, offset = _per_column(scale, zero, scheme, W.shape)
+    del H
+    scale_t = torch.cat([_by_row(s, n) for (s, _), n in zip(qparams, sizes, strict=True)]).float().t().contiguous()
+    zero_t = torch.cat([_by_row(z, n) for (_, z), n in zip(qparams, sizes, strict=True)]).float().t().contiguous()
+    Wt = W.t().contiguous()
+    del W
+    codes = _round_columns(Wt, Hinv, _Grid(scale_t, zero_t, groups, scheme.max_code), config.block_size)
     if order is not None:
-        step, offset = step[:, order], offset[:, order]
+        codes = codes[torch.argsort(order)]
+    parts = codes.t().split(sizes)
+    return [
+        GptqResult(QuantizedWeight(part.contiguous(), scale, zero, scheme), damping, steps, int(dead.sum()))
+        for part, (scale, zero) in zip(parts, qparams, strict=True)
+    ]
 
-    codes = _round_columns(W, Hinv, step, offset, scheme.max_code, config.block_size)
-    if order is not None:
-        codes = codes[:, torch.argsort(order)]
-    quantized = QuantizedWeight(codes.contiguous(), scale, zero, scheme)
-    return GptqResult(quantized, damping, steps, int(dead.sum()))
+
+@dataclass
+class _Grid:
+    """scale_t, zero_t float32 [G, N]; groups: the group of each column, in the order of rounding."""
+
+    scale_t: Tensor
+    zero_t: Tensor
+    groups: list[int]
+    max_code: int
 
 
-def _round_columns(
-    W: Tensor, Hinv: Tensor, step: Tensor, offset: Tensor, max_code: int, block_size: int
-) -> Tensor:
-    """The double loop of Algorithm 1. Works on transposes: a column of W is then a contiguous row.
+def _by_row(values: Tensor, n: int) -> Tensor:
+    """[N', G] -> [N, G]: a per-tensor value for every row."""
+    return values.expand(n, -1)
 
-    W, step, offset [N, K] -> codes uint8 [N, K]. W is consumed.
+
+def _round_columns(Wt: Tensor, Hinv: Tensor, grid: _Grid, block_size: int) -> Tensor:
+    """The double loop of Algorithm 1 on the transpose, where a column of W is a contiguous row.
+
+    Wt float32 [K, N], consumed -> codes uint8 [K, N].
     """
-    Wt = W.t().contiguous()  # [K, N]
-    step_t, offset_t = step.t().contiguous(), offset.t().contiguous()
-    codes = torch.empty_like(Wt, dtype=torch.uint8)
     K = Wt.shape[0]
+    lowest, highest = -grid.zero_t, grid.max_code - grid.zero_t  # of code - zero
+    codes = torch.empty_like(Wt, dtype=torch.uint8)
     for i1 in range(0, K, block_size):
         i2 = min(i1 + block_size, K)
         W1 = Wt[i1:i2].clone()
-        Err1 = torch.empty_like(W1)
+        Err1, Q1 = torch.empty_like(W1), torch.empty_like(W1)
         Hinv1 = Hinv[i1:i2, i1:i2]
         diagonal = Hinv1.diagonal().tolist()
         for i in range(i2 - i1):
-            w, s, z = W1[i], step_t[i1 + i], offset_t[i1 + i]
-            q = torch.round(w / s).add_(z).clamp_(0, max_code)
-            codes[i1 + i] = q.to(torch.uint8)
-            Err1[i] = (w - (q - z) * s) / diagonal[i]
+            g = grid.groups[i1 + i]
+            w, s = W1[i], grid.scale_t[g]
+            q = torch.clamp(torch.div(w, s).round_(), lowest[g], highest[g], out=Q1[i])
+            torch.div(w - q * s, diagonal[i], out=Err1[i])
             if i + 1 < i2 - i1:
                 W1[i + 1 :].addr_(Hinv1[i, i + 1 :], Err1[i], alpha=-1)
+        index = torch.tensor(grid.groups[i1:i2], device=Wt.device)
+        codes[i1:i2] = Q1.add_(grid.zero_t[index]).to(torch.uint8)
         if i2 < K:
             Wt[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err1, alpha=-1)
-    return codes.t()
+    return codes
 
 
 def _inverse_cholesky(H: Tensor, config: GptqConfig) -> tuple[Tensor, float, int]:
-    """Upper Cholesky factor of (H + damping * mean(diag) I)^-1, the relative damping used, times it was raised.
+    """Upper Cholesky factor R of (H + damping * mean(diag) I)^-1 = R^T R, the relative damping, times it was raised.
 
-    Float64 where it matters: inverting a float32 Hessian of condition 1e6 loses the small eigenvalues that
-    decide where error may go. H100s and CPUs do this once a layer, so the cost is small.
+    With J the reversal of rows and columns and J H J = L L^T, U = J L J is upper triangular and H = U U^T, so
+    R = U^-1: one factorisation and one triangular solve instead of two factorisations around an inverse.
+    Float64, because the small eigenvalues that decide where error may go drown in a float32 Hessian's rounding.
     """
-    H = H.double()
-    mean = H.diagonal().mean()
-    if mean > 0:
-        H = H / mean  # the rounding does not depend on the size of H, the range of float32 does
+    mean = H.diagonal().double().mean()
     damping = config.damping
     for steps in range(config.max_damping_steps + 1):
-        damped = H.clone()
-        damped.diagonal().add_(damping)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # the rounding does not depend on the size of H, the range of float32 does
+        flipped = H.double().div_(mean).flip(0, 1)
+        flipped.diagonal().add_(damping)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0 and torch.isfinite(upper).all():
+            identity = torch.eye(H.shape[0], dtype=torch.float64, device=H.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(upper).all():
                 return upper.float(), damping, steps
         damping *= 10
     raise NumericalError(
         f"the Hessian is not positive definite even with damping {damping / 10:g} x its mean diagonal; "
         "calibrate on more or more varied text, or raise gptq.damping"
     )
-
-
-def _per_column(scale: Tensor, zero: Tensor, scheme: QuantScheme, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every element, float32 [N, K] views."""
-    like = group_view(torch.empty(shape, device=scale.device), scheme)
-    step = scale.float().unsqueeze(-1).expand_as(like).reshape(shape)
-    offset = zero.float().unsqueeze(-1).expand_as(like).reshape(shape)
-    return step, offset
