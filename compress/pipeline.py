@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,6 +126,8 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         lambda result: _artifact_damage(run, result),
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
+    with suppress(OSError):  # those of other settings may be in there
+        checkpoints.parent.rmdir()
     return {**result, "manifest": artifacts.read_manifest(run.artifact)}, facts
 
 

@@ -74,7 +74,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise ConfigError(
             f"model={model} is neither a local directory nor a model on the hub (or it needs `hf auth login`)"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    # the bases of HfHubHTTPError are the HTTP library's own errors, whichever library this version uses
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, *HfHubHTTPError.__bases__) as error:
         raise EnvironmentProblem(
             f"model={model} is no local directory and cannot be fetched from the hub: {error}; "
             "give a local directory, or leave `model` out for the embedded model, which needs no network"

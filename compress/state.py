@@ -111,7 +111,7 @@ class RunState:
             log.warning("%s: was finished, but %s; doing everything again", name, problem)
             self.stages.clear()
         started = time.perf_counter()
-        result = work()
+        result = json.loads(json.dumps(work(), allow_nan=False))  # a first run sees the types a resumed one reads
         seconds = time.perf_counter() - started
         self.stages[name] = {"fingerprint": mark, "result": result, "seconds": seconds}
         write_json(self.path, {"schema": 1, "stages": self.stages})

@@ -252,7 +252,7 @@ def test_awq_survives_dead_channels_and_refuses_nonsense() -> None:
     seen: list[Tensor] = []
     loss_of = group_loss([weight], hessian, identity_map, scheme)
     search_scales([weight], absmean, identity_map, scheme, AwqConfig(), lambda s: seen.append(s) or loss_of(s))
-    assert len(seen) == 1 + 2 * 20  # the identity and both families
+    assert 10 < len(seen) < 30  # the identity and both families, coarse to fine instead of all 41 candidates
     assert all(bool(torch.isfinite(s).all() and (s > 0).all()) for s in seen)
     with pytest.raises(NumericalError, match="not finite even unscaled"):
         search_scales([weight], absmean, identity_map, scheme, AwqConfig(), lambda _: float("nan"))

