@@ -62,6 +62,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    # a failed connection raises the HTTP library's own errors, whichever library this version of the client uses
+    unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
     try:
         return Path(
             snapshot_download(
@@ -74,8 +76,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise ConfigError(
             f"model={model} is neither a local directory nor a model on the hub (or it needs `hf auth login`)"
         ) from error
-    # the bases of HfHubHTTPError are the HTTP library's own errors, whichever library this version uses
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, *HfHubHTTPError.__bases__) as error:
+    except unreachable as error:
         raise EnvironmentProblem(
             f"model={model} is no local directory and cannot be fetched from the hub: {error}; "
             "give a local directory, or leave `model` out for the embedded model, which needs no network"

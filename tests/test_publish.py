@@ -31,8 +31,12 @@ def write_artifact(folder: Path, files: dict[str, bytes] = FILES) -> Path:
         (folder / name).write_bytes(content)
     save_file(WEIGHTS, folder / "model.safetensors")
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    tensors = {name: {"sha256": tensor_sha256(tensor)} for name, tensor in WEIGHTS.items()}
-    (folder / "manifest.json").write_text(json.dumps({"files": hashes, "tensors": tensors}))
+    tensors = {
+        name: {"sha256": tensor_sha256(value), "dtype": str(value.dtype).split(".")[1], "shape": list(value.shape)}
+        for name, value in WEIGHTS.items()
+    }
+    manifest = {"files": hashes, "tensors": tensors, "source_tensors": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 

@@ -166,8 +166,8 @@ def test_old_artifact_survives_until_the_new_one_is_whole(config: RunConfig, und
 
 
 def test_command_line_killed_from_outside(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Oracle: sha256 of every file of an undisturbed run of the same settings, made without a command line. Meanwhile, with the first process
-    stopped, a second one into the same directory ends with exit code 2 and names the holder."""
+    """Oracle: sha256 of every file of an undisturbed run of the same settings, made without a command line. With the
+    first process stopped, a second one into the same directory ends with exit code 2 and names the holder."""
     config = tiny_config(tiny_model_dir, tmp_path)
     arguments = [*overrides(config), "quant.awq.n_grid=60"]  # slow enough to be caught
     killed = f"run_dir={tmp_path / 'killed'}"
