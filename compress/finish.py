@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def _finish(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         card = model_card(record)
         write_atomically(Path(record["artifact"]) / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
     write_report(record["run_dir"], record, frontier, gate)
-    print_summary(record, frontier, Console(), gate)
+    # rich takes 80 columns where there is no terminal; the tables read better in a log at their natural width
+    print_summary(record, frontier, Console(width=None if sys.stdout.isatty() else 116), gate)
     if config.gate.update and config.gate.baseline:
         update_baseline(record, config.gate.baseline)
         log.info("gate: baseline written to %s", config.gate.baseline)

@@ -64,21 +64,23 @@ def rows(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
             (r for r in (record["speed"] or {}).get("rows", []) if r["phase"] == "decode" and r["batch"] == 1), None
         )
         base = rtn.get(_bits(record))
-        out.append({
-            "name": record["name"],
-            "scheme": record["scheme"],
-            "kl": quality["kl"],
-            "kl_stderr": quality["kl_stderr"],
-            "kl_ratio_to_rtn": quality["kl"] / base if base else None,
-            "ppl": quality["ppl"],
-            "ppl_reference": quality["ppl_reference"],
-            "top1": quality["top1"],
-            "weight_bytes": record["size"]["weight_bytes"],
-            "bits_per_weight": record["size"]["quantized_bits_per_weight"],
-            "decode_p50_ms": decode["p50_ms"] if decode else None,
-            "speedup": decode["speedup"] if decode else None,
-            "quantize_s": record["timings"].get("quantize"),
-        })
+        out.append(
+            {
+                "name": record["name"],
+                "scheme": record["scheme"],
+                "kl": quality["kl"],
+                "kl_stderr": quality["kl_stderr"],
+                "kl_ratio_to_rtn": quality["kl"] / base if base else None,
+                "ppl": quality["ppl"],
+                "ppl_reference": quality["ppl_reference"],
+                "top1": quality["top1"],
+                "weight_bytes": record["size"]["weight_bytes"],
+                "bits_per_weight": record["size"]["quantized_bits_per_weight"],
+                "decode_p50_ms": decode["p50_ms"] if decode else None,
+                "speedup": decode["speedup"] if decode else None,
+                "quantize_s": record["timings"].get("quantize"),
+            }
+        )
     return out
 
 
@@ -98,16 +100,25 @@ def markdown(group: list[dict[str, Any]]) -> str:
         _HEADER,
     ]
     for r in rows(group):
-        lines.append(
-            f"| {r['name']} | {r['scheme']} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} | {_number(r['kl_ratio_to_rtn'], '.2f')} "
-            f"| {r['ppl']:.2f} | {r['top1']:.3f} | {r['weight_bytes'] / 1e6:.2f} MB | {_number(r['bits_per_weight'], '.3f')} "
-            f"| {_number(r['decode_p50_ms'], '.3g')} ms | {_number(r['speedup'], '.2f')}x | {_number(r['quantize_s'], '.1f')} s |"
-        )
+        cells = [
+            r["name"],
+            r["scheme"],
+            f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}",
+            _number(r["kl_ratio_to_rtn"], ".2f"),
+            f"{r['ppl']:.2f}",
+            f"{r['top1']:.3f}",
+            f"{r['weight_bytes'] / 1e6:.2f} MB",
+            _number(r["bits_per_weight"], ".3f"),
+            _number(r["decode_p50_ms"], ".3g", " ms"),
+            _number(r["speedup"], ".2f", "x"),
+            _number(r["quantize_s"], ".1f", " s"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def measure(job: Job, device: torch.device, work: Path) -> dict[str, Any]:
                 loaded, plan, ids if needs else None, ids[:1, :64], job.batch, device, dtype, Path(checkpoints)
             )
             compress_blocks(inputs, lambda _done, _total: marks.append(time.perf_counter()))
-    seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    seconds = [b - a for a, b in pairwise(marks)]
     block_bytes = sum(p.numel() for p in loaded.blocks[0].module.parameters()) * loaded.dtype.itemsize
     model_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
     return {

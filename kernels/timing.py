@@ -22,11 +22,11 @@ ROTATE_BYTES = 256 * 10**6
 _MAX_COPIES = 64
 
 
-def rotating_copies(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
+def rotating_copies(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Distinct copies of a tuple of tensors, together at least ROTATE_BYTES; the first are the originals."""
-    one = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    one = sum(t.numel() * t.element_size() for t in tensors)
     count = max(1, min(_MAX_COPIES, math.ceil(ROTATE_BYTES / max(one, 1))))
-    clones = [tuple(None if t is None else t.clone() for t in tensors) for _ in range(count - 1)]
+    clones = [tuple(t.clone() for t in tensors) for _ in range(count - 1)]
     return [tuple(tensors), *clones]
 
 
