@@ -7,6 +7,8 @@ weights.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -101,22 +103,41 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
     with torch.no_grad():
         for index, block in enumerate(loaded.blocks):
             loaded.materialize(block.name, device, dtype)
-            state = load_block(inputs.checkpoints, index)
-            if state is None:
-                engine = _BlockQuantizer(inputs, block, index, calibration, verify)
-                state = engine.run()
-                save_block(inputs.checkpoints, index, state)
-            else:
-                n_resumed += 1
-            apply_state(block, state)
-            layers += [LayerReport(**report) for report in state.reports]
+            reports, resumed = _finish_block(inputs, block, index, calibration, verify)
+            layers += reports
+            n_resumed += resumed
             # The last block's calibration outputs feed nothing.
             if calibration is not None and index + 1 < len(loaded.blocks):
                 calibration.advance(block, index)
             verify.advance(block, index)
             loaded.release(block.name)
+            _return_freed_memory()
             on_block(index + 1, len(loaded.blocks))
     return EngineResult(layers, tail_logits(loaded, verify, dtype), n_resumed)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed blocks in fragmented heaps, so resident memory would creep up by part of each block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+def _finish_block(
+    inputs: EngineInputs, block: Block, index: int, calibration: HiddenStream | None, verify: HiddenStream
+) -> tuple[list[LayerReport], bool]:
+    """Quantize a materialized block or take it from its checkpoint; its reports, and whether it was there.
+
+    A function of its own, so that the masters and codes of one block are gone before the next one comes.
+    """
+    state = load_block(inputs.checkpoints, index)
+    resumed = state is not None
+    if state is None:
+        state = _BlockQuantizer(inputs, block, index, calibration, verify).run()
+        save_block(inputs.checkpoints, index, state)
+    apply_state(block, state)
+    return [LayerReport(**report) for report in state.reports], resumed
 
 
 def apply_state(block: Block, state: BlockState) -> None:

@@ -136,11 +136,15 @@ def _speed_text(record: Record) -> str:
 
 def _load_text(record: Record) -> str:
     """Snippets for the engines that read this scheme."""
+    # transformers reads packed zero points only when it may dequantize them at load
+    asymmetric = " asym" in record["scheme"]
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", CompressedTensorsConfig" if asymmetric else "")
+    option = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
     blocks = [
         "## Load\n",
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("<this directory or repository>")\n'
+        f"from transformers import {imports}\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("<this directory or repository>"{option})\n'
         'tokenizer = AutoTokenizer.from_pretrained("<this directory or repository>")\n'
         "```\n",
     ]

@@ -135,10 +135,11 @@ class QuantConfig:
 
     @property
     def needs_calibration(self) -> bool:
+        observers = [str(o["observer"]).lower() for o in self.overrides.values() if "observer" in o]
         return (
             self.transform is not Transform.none
             or self.rounding is Rounding.gptq
-            or self.scheme.observer is ObserverName.mse
+            or ObserverName.mse.value in [self.scheme.observer.value, *observers]
         )
 
 

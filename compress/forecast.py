@@ -31,7 +31,8 @@ class Forecast:
 def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, dtype: torch.dtype) -> Forecast:
     """Estimate the peak from shapes alone.
 
-    The device holds the largest block in the compute dtype and as float32 masters, a copy while it is quantized,
+    The device holds the largest block in the compute dtype and as float32 masters, up to four float32 copies of what
+    is quantized at once (working weights and their transpose, the dequantized result, what a search compares),
     the Hessians of its inputs (float32, and three float64 of the widest while one is inverted), and a batch of
     activations; the embedding and head are there before and after the blocks, not with them.
     """
@@ -42,7 +43,7 @@ def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, 
     outside = sum(loaded.model.get_parameter(n).numel() for n in loaded.outside_blocks() if n not in loaded.tied)
     hessians = 4 * sum(w * w for w in widths) + 3 * 8 * max(widths, default=0) ** 2 if n_tokens else 0
     activations = batch_tokens * (hidden * 4 + widest * 4) * dtype.itemsize
-    in_blocks = largest * (dtype.itemsize + 3 * 4) + hessians + activations
+    in_blocks = largest * (dtype.itemsize + 5 * 4) + hessians + activations
     device = max(in_blocks, outside * dtype.itemsize)
     host = n_tokens * hidden * dtype.itemsize
     total = sum(p.numel() for _, p in loaded.model.named_parameters())

@@ -203,8 +203,9 @@ def _verify(run: Run, content: str, code: str) -> dict[str, Any]:
     inputs = {"content": content, "verify": to_plain(config.verify), "code": code, "device": str(run.device)}
     figures: dict[str, Any] = run.stage("verify", inputs, work)
     log.info(
-        "verified: fresh process, relative error of logits %.1e (as inference computes: %.1e); source tensors %s",
-        figures["relative_error"], figures["runtime_relative_error"],
+        "verified: fresh process, relative error of logits %.1e (served in %s by %s: %.1e); source tensors %s",
+        figures["relative_error"], figures["runtime_dtype"], " and ".join(figures["runtime_backends"]),
+        figures["runtime_relative_error"],
         ", ".join(f"{n} {status}" for status, n in sorted(figures["source_tensors"].items())),
     )  # fmt: skip
     return figures

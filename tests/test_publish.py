@@ -297,3 +297,9 @@ def test_hostile_names_stay_text() -> None:
     assert not any("<script>" in part.replace("\\<", "") for part in outside)
     columns = {line.replace("\\|", "").count("|") for line in body.splitlines() if line.startswith("|")}
     assert columns == {4, 8}
+
+
+def test_card_of_an_asymmetric_artifact_names_the_option_its_reader_needs() -> None:
+    """Oracle: transformers reads packed zero points with dequantize=True (tests/test_artifact.py)."""
+    assert "dequantize=True" in model_card(make_record(scheme="w4g128 asym"))
+    assert "dequantize" not in model_card(make_record(scheme="w4g128 sym"))
