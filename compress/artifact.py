@@ -14,7 +14,6 @@ numbers, so its artifact names `compress` as its quantization method and other r
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from compress.checkpoint import encode, load_block
 from compress.errors import ArtifactError
 from compress.models import LoadedModel, is_transposed
 from compress.quant import Granularity, QuantScheme
-from compress.source import COMPANION_FILES
+from compress.source import COMPANION_FILES, read_json_object, sha256_file
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -87,7 +86,7 @@ def save_artifact(loaded: LoadedModel, checkpoints: Path, out: Path, facts: Arti
             "tensors": tensors,
             "source_tensors": accounting,
             "layers": facts.layers,
-            "files": {p.name: _sha256_file(p) for p in sorted(temporary.iterdir()) if p.suffix != ".safetensors"},
+            "files": {p.name: sha256_file(p) for p in sorted(temporary.iterdir()) if p.suffix != ".safetensors"},
         }
         write_json(temporary / MANIFEST, manifest)
         replace_directory(temporary, out)
@@ -238,7 +237,7 @@ def check_manifest(path: Path) -> dict[str, Any]:
     for name, digest in manifest["files"].items():
         if not (path / name).is_file():
             raise ArtifactError(f"{path / name} is in the manifest but missing; copy the artifact again")
-        if _sha256_file(path / name) != digest:
+        if sha256_file(path / name) != digest:
             raise ArtifactError(f"{path / name} differs from the manifest's sha256; copy the artifact again")
     seen = set()
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -279,30 +278,13 @@ def _dtype_and_shape(value: Tensor) -> dict[str, Any]:
     return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
 
 
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing; is {path.parent} an artifact of this project?")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} holds {type(value).__name__}, not an object")
-    return value
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest as it stands; the files it describes are not looked at.
 
     Raises:
         ArtifactError: it is missing, not JSON, or lacks a section.
     """
-    manifest = _read_object(path / MANIFEST)
+    manifest = read_json_object(path / MANIFEST, ArtifactError)
     for key in ("tensors", "source_tensors", "files"):
         section = manifest.get(key)
         if not isinstance(section, dict) or (key != "files" and not all(isinstance(v, dict) for v in section.values())):
@@ -312,4 +294,4 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def manifest_sha256(path: Path) -> str:
     """One hash for the whole artifact: the manifest holds the hash of everything else."""
-    return _sha256_file(path / MANIFEST)
+    return sha256_file(path / MANIFEST)

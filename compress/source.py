@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.config import EMBEDDED_MODEL
-from compress.errors import ConfigError, EnvironmentProblem, ModelFileError
+from compress.errors import CompressError, ConfigError, EnvironmentProblem, ModelFileError
 
 _INDEX = "model.safetensors.index.json"
 # Copied to the artifact byte for byte when present.
@@ -109,10 +109,10 @@ class SourceCheckpoint:
         Raises:
             ModelFileError: config or weights missing, a shard missing, truncated or not safetensors.
         """
-        config = _read_json(path / "config.json")
+        config = read_json_object(path / "config.json")
         index = path / _INDEX
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelFileError(f"{index} has no weight_map; fetch the checkpoint again")
             files = {name: path / file for name, file in weight_map.items()}
@@ -242,13 +242,14 @@ def _names(shard: Path) -> list[str]:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[CompressError] = ModelFileError) -> dict[str, Any]:
+    """The JSON object in a file; `error` is raised when it is missing, not UTF-8 JSON, or not an object."""
     if not path.is_file():
-        raise ModelFileError(f"{path} is missing; a model directory needs it")
+        raise error(f"{path} is missing; is {path.parent} the right directory?")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise error(f"{path} is not valid JSON ({cause}); fetch or copy it again") from cause
     if not isinstance(value, dict):
-        raise ModelFileError(f"{path} holds {type(value).__name__}, not an object")
+        raise error(f"{path} holds {type(value).__name__}, not an object")
     return value
