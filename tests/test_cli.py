@@ -179,9 +179,14 @@ def test_interrupt_says_how_to_go_on(
         if index == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, "save_block", interrupted)
-        assert main_in_process(patch, *tiny) == 130
+    # a shell's background job, as CI may be, starts with SIGINT ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "save_block", interrupted)
+            assert main_in_process(patch, *tiny) == 130
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == "interrupted; the same command goes on from here"
     assert main_in_process(monkeypatch, *tiny) == 0
