@@ -129,7 +129,7 @@ def test_batches_and_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyP
     p, q = bigrams()
     tokens = random_tokens(9, 12)
     expected = kl_quality(p, q, tokens, batch_size=100)
-    monkeypatch.setattr(quality, "CHUNK_ELEMENTS", 5 * 11)  # 5 rows of V = 11: chunks of 5, 5 and 2
+    monkeypatch.setattr(quality, "CHUNK_ELEMENTS", 8 * 5 * 11)  # 5 rows of V = 11 on a CPU: chunks of 5, 5 and 2
     monkeypatch.setattr(quality, "BATCH_ELEMENTS", 3 * 12 * 11)  # 3 sequences
     p.batch_sizes.clear()
     got = kl_quality(p, q, tokens, batch_size=100)
