@@ -12,7 +12,6 @@ from rich.console import Console
 from compress.atomic import write_atomically
 from compress.card import model_card
 from compress.config import RunConfig
-from compress.errors import GateFailure
 from compress.frontier import load_runs
 from compress.gate import compare_with_baseline, read_baseline, update_baseline
 from compress.publish import check_destination, publish
@@ -63,8 +62,8 @@ def _finish(record: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     if config.gate.update and config.gate.baseline:
         update_baseline(record, config.gate.baseline)
         log.info("gate: baseline written to %s", config.gate.baseline)
-    if gate is not None and not gate.passed:
-        raise GateFailure(gate.table())
+    if gate is not None:
+        gate.require()
     if config.publish.dest or config.publish.repo_id:
         publish(record, config.publish)
     return summary_json(record, gate)

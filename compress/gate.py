@@ -56,6 +56,11 @@ class GateResult:
     def passed(self) -> bool:
         return not any(row.regressed for row in self.rows)
 
+    def require(self) -> None:
+        """Raise GateFailure, its message the whole table, when a metric regressed."""
+        if not self.passed:
+            raise GateFailure(self.table())
+
     def table(self) -> str:
         """Plain-text table: value, baseline, by how much worse, the limit, and two standard errors."""
         header = ("metric", "value", "baseline", "worse by", "limit", "2 s.e.", "")
@@ -109,8 +114,7 @@ def check_gate(record: Record, baseline_path: str | Path, config: GateConfig) ->
         ConfigError: as `compare_with_baseline`.
     """
     result = compare_with_baseline(record, baseline_path, config)
-    if not result.passed:
-        raise GateFailure(result.table())
+    result.require()
     return result
 
 

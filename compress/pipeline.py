@@ -22,7 +22,7 @@ from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
 from compress.config import RunConfig, to_plain
-from compress.errors import ArtifactError, CompressError
+from compress.errors import ArtifactError
 from compress.forecast import check_forecast, check_lengths, context_length, forecast
 from compress.measure import measure_quality, measure_size, measure_speed
 from compress.models import choose_device, load_model
@@ -264,6 +264,3 @@ def _peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-__all__ = ["CompressError", "Run", "run_pipeline"]
