@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -31,7 +32,11 @@ class MemoryProbe:
         self.base: int | None = None
 
     def start(self) -> None:
-        """Take what is in use now as the base, and forget earlier peaks."""
+        """Take what is in use now as the base, and forget earlier peaks.
+
+        Garbage is collected first: a collection that falls between start and growth would hide as much growth.
+        """
+        gc.collect()
         self.forget_peak()
         if self.device.type == "cuda":
             self.base = torch.cuda.memory_allocated(self.device)
