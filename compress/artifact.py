@@ -1,7 +1,7 @@
 """The artifact: a compressed-tensors `pack-quantized` checkpoint beside its tokenizer and a manifest.
 
     config.json            the source's, plus quantization_config
-    model.safetensors      or shards and an index: packed linears, everything else as in the source
+    model.safetensors      or shards and an index: packed linears, everything else as in the source, or rotated
     manifest.json          source model and hash, recipe, calibration hash, versions, per-tensor sha256, what
                            became of every source tensor, layer reports; no clock, so equal runs give equal bytes
     tokenizer, chat template, generation config: copied byte for byte
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.atomic import disk_errors, sync_directory, write_json
-from compress.checkpoint import encode, load_block
+from compress.checkpoint import encode, load_block, load_tuned
 from compress.errors import ArtifactError
 from compress.models import LoadedModel, is_transposed
 from compress.quant import Granularity, QuantScheme
@@ -58,7 +58,7 @@ def save_artifact(loaded: LoadedModel, checkpoints: Path, out: Path, facts: Arti
     Written beside `out` and renamed, so `out` is whole or absent; an older artifact there is replaced.
 
     Raises:
-        ArtifactError: a source tensor that is neither quantized, kept, folded, tied nor unused.
+        ArtifactError: a source tensor that is neither quantized, kept, folded, tuned, rotated, tied nor unused.
         EnvironmentProblem: the disk is full or read-only.
     """
     temporary = out.with_name(f".{out.name}.tmp")
@@ -69,7 +69,7 @@ def save_artifact(loaded: LoadedModel, checkpoints: Path, out: Path, facts: Arti
         schemes: dict[str, QuantScheme] = {}
         tensors = _write_shards(_artifact_tensors(loaded, checkpoints, accounting, schemes), temporary)
         _account(loaded, accounting)
-        config = dict(loaded.source.config)
+        config = _untied(loaded.source.config) if loaded.untied else dict(loaded.source.config)
         transposed = any(is_transposed(m) for b in loaded.blocks for m in b.linears.values())
         config["quantization_config"] = quantization_config(loaded, schemes, OWN_METHOD if transposed else CT_METHOD)
         write_json(temporary / "config.json", config)
@@ -109,6 +109,8 @@ def _artifact_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the artifact under its on-disk name, one block in memory at a time."""
     replaced: dict[str, str] = {}
+    tuned = load_tuned(checkpoints)
+    changed_status = "folded" if tuned is None else "tuned"
     for index, block in enumerate(loaded.blocks):
         state = load_block(checkpoints, index)
         if state is None:
@@ -123,17 +125,34 @@ def _artifact_tensors(
             yield from parts.items()
         for local, value in state.changed.items():
             source = loaded.source_names[f"{block.name}.{local}"]
-            accounting[source] = {"status": "folded", "as": [source]}
-            replaced[source] = "folded"
+            accounting[source] = {"status": changed_status, "as": [source]}
+            replaced[source] = changed_status
             yield source, value
+    for parameter, value in (tuned[0] if tuned is not None else {}).items():
+        source = loaded.source_names[parameter]
+        accounting[source] = {"status": changed_status, "as": [source]}
+        replaced[source] = changed_status
+        yield source, value
     for parameter, source in loaded.source_names.items():
         if source in replaced:
             continue
         if parameter in loaded.tied:
             accounting[source] = {"status": "tied", "as": [loaded.source_names[loaded.tied[parameter]]]}
             continue
-        accounting[source] = {"status": "kept", "as": [source]}
-        yield source, loaded.source.tensor(source)
+        status = loaded.rotation.status(parameter) if loaded.rotation is not None else None
+        accounting[source] = {"status": status or "kept", "as": [source]}
+        yield source, loaded.tensor(parameter) if status else loaded.source.tensor(source)
+    for parameter, holder in loaded.untied.items():
+        if parameter not in loaded.source_names:  # one tensor of the source became two
+            accounting[loaded.source_names[holder]]["as"].append(parameter)
+            yield parameter, loaded.tensor(parameter)
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose readers give the head a tensor of its own."""
+    nested = {key: value | {"tie_word_embeddings": False} for key, value in config.items()
+              if isinstance(value, dict) and "tie_word_embeddings" in value}  # fmt: skip
+    return {**config, **nested, "tie_word_embeddings": False}
 
 
 def _account(loaded: LoadedModel, accounting: dict[str, dict[str, Any]]) -> None:

@@ -24,9 +24,11 @@ from compress.checkpoint import BlockState, load_block, save_block
 from compress.config import QuantConfig, Rounding, Transform
 from compress.errors import NumericalError
 from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups
+from compress.learn_pass import LearnJob, learn_block
 from compress.methods.gptq import gptq_quantize_shared
+from compress.methods.hqq import hqq_quantize
 from compress.methods.rtn import rtn_quantize
-from compress.methods.stats import InputStats, relative_output_error
+from compress.methods.stats import CrossStats, InputStats, relative_output_error
 from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
 from compress.plan import Plan, check_fused
 from compress.quant import Observer, QuantizedWeight, QuantScheme, quantize
@@ -49,7 +51,11 @@ class LayerReport:
     damping: float | None = None
     damping_steps: int | None = None
     n_dead: int | None = None
+    # GPTAQ: how far the weight moved towards the original's outputs before it was rounded, ||W* - W|| / ||W||
+    moved: float | None = None
     awq: dict[str, Any] | None = None
+    # what learned rounding did to the block of this linear; the errors above are those of the rounding it began with
+    learned: dict[str, Any] | None = None
     fallback: str | None = None
     seconds: float = field(default=0.0)
 
@@ -78,11 +84,24 @@ class EngineInputs:
 
 @dataclass
 class EngineResult:
-    """Reports of every linear, float32 logits [V, T, vocab] of the in-memory quantized model, blocks resumed."""
+    """Reports of every linear, float32 logits [V, T, vocab] of the in-memory quantized model, blocks resumed, and the
+    original model's last hidden states where the recipe learns from them."""
 
     layers: list[LayerReport]
     verify_logits: Tensor
     n_resumed: int
+    teacher: HiddenStream | None = None
+
+
+@dataclass
+class _Streams:
+    """Hidden states before one block: of the calibration tokens and the verify tokens in the quantized model, of the
+    calibration tokens in the original one, and what the original block makes of those once it has run."""
+
+    calibration: HiddenStream | None
+    verify: HiddenStream
+    teacher: HiddenStream | None
+    targets: list[Tensor] = field(default_factory=list)
 
 
 def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) -> EngineResult:
@@ -94,18 +113,23 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
     """
     loaded, device, dtype = inputs.loaded, inputs.device, inputs.dtype
     verify = open_stream(loaded, inputs.verify_ids, len(inputs.verify_ids), device, device, dtype)
-    calibration = None
+    calibration = teacher = None
     if inputs.calibration_ids is not None:
         store = _activation_store(inputs, loaded)
         calibration = open_stream(loaded, inputs.calibration_ids, inputs.batch_size, device, store, dtype)
+        if inputs.plan.config.needs_teacher:
+            teacher = open_stream(loaded, inputs.calibration_ids, inputs.batch_size, device, store, dtype)
     layers: list[LayerReport] = []
     n_resumed = 0
     with torch.no_grad():
         for index, block in enumerate(loaded.blocks):
             loaded.materialize(block.name, device, dtype)
-            reports, resumed = _finish_block(inputs, block, index, calibration, verify)
+            streams = _Streams(calibration, verify, teacher)
+            reports, resumed = _finish_block(inputs, block, index, streams)
             layers += reports
             n_resumed += resumed
+            if teacher is not None:
+                teacher.hidden = streams.targets
             # The last block's calibration outputs feed nothing.
             if calibration is not None and index + 1 < len(loaded.blocks):
                 calibration.advance(block, index)
@@ -113,7 +137,7 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
             loaded.release(block.name)
             _return_freed_memory()
             on_block(index + 1, len(loaded.blocks))
-    return EngineResult(layers, tail_logits(loaded, verify, dtype), n_resumed)
+    return EngineResult(layers, tail_logits(loaded, verify, dtype), n_resumed, teacher)
 
 
 def _return_freed_memory() -> None:
@@ -124,9 +148,7 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _finish_block(
-    inputs: EngineInputs, block: Block, index: int, calibration: HiddenStream | None, verify: HiddenStream
-) -> tuple[list[LayerReport], bool]:
+def _finish_block(inputs: EngineInputs, block: Block, index: int, streams: _Streams) -> tuple[list[LayerReport], bool]:
     """Quantize a materialized block or take it from its checkpoint; its reports, and whether it was there.
 
     A function of its own, so that the masters and codes of one block are gone before the next one comes.
@@ -134,8 +156,10 @@ def _finish_block(
     state = load_block(inputs.checkpoints, index)
     resumed = state is not None
     if state is None:
-        state = _BlockQuantizer(inputs, block, index, calibration, verify).run()
+        state = _BlockQuantizer(inputs, block, index, streams).run()
         save_block(inputs.checkpoints, index, state)
+    elif streams.teacher is not None:
+        streams.targets = streams.teacher.outputs(block, index)
     apply_state(block, state)
     return [LayerReport(**report) for report in state.reports], resumed
 
@@ -162,11 +186,9 @@ def _activation_store(inputs: EngineInputs, loaded: LoadedModel) -> torch.device
 class _BlockQuantizer:
     """One block on its way from source weights to a BlockState."""
 
-    def __init__(
-        self, inputs: EngineInputs, block: Block, index: int, calibration: HiddenStream | None, verify: HiddenStream
-    ) -> None:
+    def __init__(self, inputs: EngineInputs, block: Block, index: int, streams: _Streams) -> None:
         self.inputs, self.block, self.index = inputs, block, index
-        self.calibration, self.verify = calibration, verify
+        self.streams, self.calibration, self.verify = streams, streams.calibration, streams.verify
         self.config: QuantConfig = inputs.plan.config
         self.plans = inputs.plan.block(index)
         self.scale_dtype = inputs.loaded.dtype
@@ -183,6 +205,8 @@ class _BlockQuantizer:
         for index, other in enumerate(self.inputs.loaded.blocks):
             if other.linears.keys() == self.block.linears.keys():  # blocks of one kind: say it before hours of work
                 check_fused(self.inputs.plan, index, groups)
+        teacher = self.streams.teacher
+        originals = self._original_inputs(groups, teacher) if teacher is not None else {}
         sequential = self.config.rounding is Rounding.gptq and self.config.gptq.true_sequential
         stats: dict[str, InputStats] = {}
         if self.calibration is not None and (self.config.transform is Transform.awq or not sequential):
@@ -201,10 +225,33 @@ class _BlockQuantizer:
             notes = apply_awq(job)
         for group in groups:
             key = group.linears[0]
+            if key in originals and key in notes:  # the other model's inputs have AWQ's folds in them
+                folded = notes[key].input_scales.cpu()
+                originals[key] = [(x.float() / folded).to(x.dtype) for x in originals[key]]
             if self.calibration is not None and sequential:
-                stats = self._input_stats(self.calibration, [group])
+                stats = self._input_stats(self.calibration, [group], originals)
             self._quantize_group(group, notes, stats.get(key), plain_stats.get(key))
+            originals.pop(key, None)
+        if self.config.learn.enabled and self.state.quantized:
+            self._learn()
         return self.state
+
+    def _learn(self) -> None:
+        """Learned rounding of the whole block, from the codes that the group-wise methods chose."""
+        assert self.calibration is not None
+        started = time.perf_counter()
+        job = LearnJob(
+            self.block, self.index, self.calibration, self.streams.targets, self.weights, self.state.quantized,
+            self.config.learn,
+        )  # fmt: skip
+        note = asdict(learn_block(job))
+        seconds = (time.perf_counter() - started) / len(self.state.quantized)
+        for name, weight in self.state.quantized.items():
+            set_linear_weight(self.block.linears[name], weight.dequantize())
+        for report in self.state.reports:
+            if report["status"] == "quantized":
+                report["learned"] = note
+                report["seconds"] += seconds
 
     def _groups(self) -> list[ScaleGroup]:
         hidden = self.verify.hidden[0]
@@ -256,9 +303,13 @@ class _BlockQuantizer:
         weights = [self.weights[name] for name in names]
         if self.config.rounding is Rounding.gptq:
             assert stats is not None
-            results = gptq_quantize_shared(weights, stats.hessian, scheme, self.config.gptq, self.scale_dtype)
+            cross = stats.drift.cross if stats.drift is not None else None
+            results = gptq_quantize_shared(weights, stats.hessian, scheme, self.config.gptq, self.scale_dtype, cross)
             for name, result in zip(names, results, strict=True):
                 report = reports[name]
+                report.moved = result.moved
+                if self.config.needs_drift and cross is None:
+                    report.fallback = "plain GPTQ: GPTAQ needs an input for every token, in both models"
                 report.damping, report.damping_steps = result.damping, result.damping_steps
                 report.n_dead = result.n_dead
             return {name: result.weight for name, result in zip(names, results, strict=True)}
@@ -268,6 +319,8 @@ class _BlockQuantizer:
             ranges = notes[name].ranges if name in notes else None
             if ranges is not None:
                 quantized[name] = quantize(weight, *ranges, scheme)
+            elif self.config.rounding is Rounding.hqq:
+                quantized[name] = hqq_quantize(weight, scheme, self.config.hqq, self.scale_dtype)
             else:
                 quantized[name] = rtn_quantize(weight, scheme, importance, self.scale_dtype)
         return quantized
@@ -293,17 +346,64 @@ class _BlockQuantizer:
         report.error = relative_output_error(quantized.dequantize(), weight, stats.hessian)
         report.error_rtn = relative_output_error(rtn, source, plain.hessian)
 
-    def _input_stats(self, stream: HiddenStream, groups: list[ScaleGroup]) -> dict[str, InputStats]:
-        """Statistics of each group's input over all calibration tokens, by the group's first linear.
+    def _input_stats(
+        self, stream: HiddenStream, groups: list[ScaleGroup], originals: dict[str, list[Tensor]] | None = None
+    ) -> dict[str, InputStats]:
+        """Statistics of each group's input over all calibration tokens, by the group's first linear; with `originals`
+        those of its drift from the original model's input too.
 
         Everything before a group computes with the weights it has now, so quantized ones count as quantized.
         """
         names = [g.linears[0] for g in groups]
         stats = {n: InputStats.empty(self.plans[n].k, self.inputs.device) for n in names}
+        for name in names:
+            if originals and name in originals:
+                stats[name].drift = CrossStats.empty(self.plans[name].k, self.inputs.device)
+
+        def add(name: str, batch: int, x: Tensor) -> None:
+            stats[name].update(x)
+            drift = stats[name].drift
+            if originals and drift is not None:
+                drift.update(originals[name][batch].to(x.device), x)
+
+        self._watch_inputs(stream, names, add)
+        for name, seen in stats.items():
+            if not torch.isfinite(seen.hessian).all():
+                raise NumericalError(
+                    f"{self.block.name}.{name} reads NaN or Inf on the calibration tokens, or values whose squares "
+                    "overflow; use compute_dtype=float32, or check the source weights"
+                )
+        return stats
+
+    def _original_inputs(self, groups: list[ScaleGroup], teacher: HiddenStream) -> dict[str, list[Tensor]]:
+        """Run the block, which must be the original one still, in the original model: its outputs become the targets.
+
+        Returns:
+            What the first linear of each group read there, batch by batch, in host memory, where the recipe asks for
+            it. Linears that read anything but one row a token (routed experts: the two models may route differently)
+            are left out: their inputs cannot be paired.
+        """
+        names = [g.linears[0] for g in groups] if self.config.needs_drift else []
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, args: found[name].append(args[0].to("cpu", copy=True))
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(self.block.linears[name].register_forward_pre_hook(keep(name)).remove)
+            self.streams.targets = teacher.outputs(self.block, self.index)
+        tokens = [batch.numel() for batch in teacher.token_batches]
+        return {n: inputs for n, inputs in found.items() if [x.numel() // x.shape[-1] for x in inputs] == tokens}
+
+    def _watch_inputs(self, stream: HiddenStream, names: list[str], seen: Callable[[str, int, Tensor], None]) -> None:
+        """Run the block as it is now on every batch and show `seen` what the named linears read, each time they do:
+        name, number of the batch, input. The last of the names in the order of the block ends a batch."""
+        batch = 0
 
         def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                stats[name].update(args[0])
+                seen(name, batch, args[0])
                 if name == names[-1]:
                     raise _InputSeen
 
@@ -312,16 +412,9 @@ class _BlockQuantizer:
         with ExitStack() as stack:
             for name in names:
                 stack.callback(self.block.linears[name].register_forward_pre_hook(hook_for(name)).remove)
-            for batch in range(len(stream.hidden)):
+            for batch in range(len(stream.hidden)):  # read by the hooks
                 with suppress(_InputSeen):
                     stream.forward(self.block.module, self.index, batch)
-        for name, seen in stats.items():
-            if not torch.isfinite(seen.hessian).all():
-                raise NumericalError(
-                    f"{self.block.name}.{name} reads NaN or Inf on the calibration tokens, or values whose squares "
-                    "overflow; use compute_dtype=float32, or check the source weights"
-                )
-        return stats
 
 
 class _InputSeen(Exception):

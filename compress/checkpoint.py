@@ -23,6 +23,8 @@ from compress.errors import ArtifactError
 from compress.packing import pack_rows, unpack_rows
 from compress.quant import Granularity, Observer, QuantizedWeight, QuantScheme
 
+_TUNED = "tuned.safetensors"
+
 
 @dataclass
 class BlockState:
@@ -54,7 +56,41 @@ def save_block(folder: Path, index: int, state: BlockState) -> None:
 
 def load_block(folder: Path, index: int) -> BlockState | None:
     """A finished block, or None when it is not there. A file that is damaged counts as not there: it is redone."""
-    path = checkpoint_path(folder, index)
+    read = _read(checkpoint_path(folder, index))
+    if read is None:
+        return None
+    tensors, meta = read
+    schemes = json.loads(meta["schemes"])
+    quantized = {}
+    for name, values in schemes.items():
+        own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
+        quantized[name] = decode(own, scheme_from_dict(values))
+    changed = {name: tensors[name] for name in json.loads(meta["changed"])}
+    return BlockState(quantized, changed, json.loads(meta["reports"]))
+
+
+def save_tuned(folder: Path, outside: dict[str, Tensor], verify_logits: Tensor, note: dict[str, Any]) -> None:
+    """What end-to-end tuning leaves besides blocks: changed parameters outside them by name, the tuned model's logits
+    on the verify tokens, and its report. Written last: where it is, the folder is complete."""
+    tensors = {f"outside.{name}": value.cpu().contiguous() for name, value in outside.items()}
+    tensors["verify_logits"] = verify_logits.cpu().contiguous()
+    meta = {"note": json.dumps(note)}
+    meta["sha256"] = _content_sha256(tensors, meta)
+    write_atomically(folder / _TUNED, lambda p: save_file(tensors, p, metadata=meta))
+
+
+def load_tuned(folder: Path) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]] | None:
+    """The arguments of `save_tuned`, or None when they are not there or damaged."""
+    read = _read(folder / _TUNED)
+    if read is None:
+        return None
+    tensors, meta = read
+    logits = tensors.pop("verify_logits")
+    return {n.removeprefix("outside."): t for n, t in tensors.items()}, logits, json.loads(meta["note"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a checkpoint file; a file that is damaged is removed and counts as not there."""
     if not path.is_file():
         return None
     try:
@@ -66,13 +102,7 @@ def load_block(folder: Path, index: int) -> BlockState | None:
     except (SafetensorError, ArtifactError):
         path.unlink()
         return None
-    schemes = json.loads(meta["schemes"])
-    quantized = {}
-    for name, values in schemes.items():
-        own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
-        quantized[name] = decode(own, scheme_from_dict(values))
-    changed = {name: tensors[name] for name in json.loads(meta["changed"])}
-    return BlockState(quantized, changed, json.loads(meta["reports"]))
+    return tensors, meta
 
 
 def _content_sha256(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:

@@ -174,6 +174,9 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0] if text else ""
 
 
+_MOST_SUGGESTIONS = 3
+
+
 def _no_setting(key: str) -> str:
     return f"there is no setting {key!r}; {_nearest(key, [*config_keys(RunConfig), 'recipe'])}"
 
@@ -181,11 +184,13 @@ def _no_setting(key: str) -> str:
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # a setting named without its section
-        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+        leaves: dict[str, list[str]] = {}
+        for key in known:
+            leaves.setdefault(key.rsplit(".", 1)[-1], []).append(key)
         found = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
-        near = [leaves[leaf] for leaf in found]
+        near = leaves[found[0]] if found else []
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {' or '.join(map(repr, near[:_MOST_SUGGESTIONS]))}?"
     return f"known are {', '.join(sorted(known))}" if len(known) < 20 else "--help lists the main ones, --cfg job all"
 
 

@@ -44,8 +44,18 @@ def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, 
     hessians = 4 * sum(w * w for w in widths) + 3 * 8 * max(widths, default=0) ** 2 if n_tokens else 0
     activations = batch_tokens * (hidden * 4 + widest * 4) * dtype.itemsize
     in_blocks = largest * (dtype.itemsize + 5 * 4) + hessians + activations
+    config = plan.config
+    if config.learn.enabled:  # latents, their gradients and what the backward pass of the block keeps
+        in_blocks += largest * 4 * 4 + 2 * batch_tokens * sum(p.n + p.k for p in plan.linears if p.block == 0) * 4
     device = max(in_blocks, outside * dtype.itemsize)
-    host = n_tokens * hidden * dtype.itemsize
+    if config.tune.enabled:  # all codes at one byte, a dense weight in the making, the logits of both models
+        vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
+        codes = sum(p.n * p.k for p in plan.linears)
+        device = max(device, codes + outside * dtype.itemsize + 8 * largest + 3 * 4 * batch_tokens * vocabulary)
+    # the quantized model's hidden states, and the original's before and after a block
+    host = n_tokens * hidden * dtype.itemsize * (3 if config.needs_teacher else 1)
+    if config.needs_drift:  # what the original's linears read; every linear counted, though some share an input
+        host += n_tokens * dtype.itemsize * sum(p.k for p in plan.linears if p.block == 0)
     total = sum(p.numel() for _, p in loaded.model.named_parameters())
     return Forecast(device, host, 2 * total * loaded.dtype.itemsize)
 
@@ -56,7 +66,7 @@ def check_forecast(plan: Forecast, device: torch.device, out: Path) -> None:
     Raises:
         EnvironmentProblem: names what is needed, what is there, and which setting lowers it.
     """
-    free_host = _available_memory_bytes()
+    free_host = available_memory_bytes()
     on_host = plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
     if free_host is not None and on_host > free_host:
         raise EnvironmentProblem(
@@ -92,7 +102,7 @@ def check_lengths(config: RunConfig, loaded: LoadedModel) -> None:
     """
     limit = context_length(loaded)
     wanted = {
-        "calibration.sequence_length": config.calibration.sequence_length if config.quant.needs_calibration else 0,
+        "calibration.sequence_length": config.calibration.sequence_length if config.needs_calibration else 0,
         "eval.sequence_length": config.eval.sequence_length if config.eval.enabled else 0,
         "bench.prompt_tokens + bench.decode_tokens": (
             config.bench.prompt_tokens + config.bench.decode_tokens if config.bench.enabled else 0
@@ -103,7 +113,14 @@ def check_lengths(config: RunConfig, loaded: LoadedModel) -> None:
             raise ConfigError(f"{name}={length} is longer than the model's context of {limit} tokens; lower it")
 
 
-def _available_memory_bytes() -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory_bytes()
+
+
+def available_memory_bytes() -> int | None:
     try:
         with open("/proc/meminfo", encoding="utf-8") as f:
             for line in f:

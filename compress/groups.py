@@ -54,14 +54,16 @@ class ScaleGroup:
 RunBlock = Callable[[nn.Module], Tensor]
 
 
-def find_scale_groups(block: Block, run: RunBlock) -> list[ScaleGroup]:
+def find_scale_groups(block: Block, run: RunBlock, candidates: list[str] | None = None) -> list[ScaleGroup]:
     """Groups of a materialized block, in execution order.
 
     Args:
         run: runs the block on a few tokens and returns its output [B, T, H].
+        candidates: modules tried as producers; default every norm and linear.
     """
     groups = shared_input_groups(block, run)
-    candidates = [n for n, m in block.module.named_modules() if n and (_is_gain(m) or is_linear(m))]
+    if candidates is None:
+        candidates = [n for n, m in block.module.named_modules() if n and (_is_gain(m) or is_linear(m))]
     for name in candidates:
         module = block.module.get_submodule(name)
         for fold in [Fold.LINEAR] if is_linear(module) else [Fold.GAIN, Fold.GAIN_PLUS_ONE]:

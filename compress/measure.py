@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def measure_size(loaded: LoadedModel, manifest: dict[str, Any] | None, artifact: Path, plan: Plan) -> dict[str, Any]:
     """Bytes of weights on disk before and after, and stored bits for each weight, all tensors counted."""
     reference = {n: loaded.source.raw(n) for n in loaded.source_names.values()}
-    tied = {loaded.source_names[n] for n in loaded.tied if n in loaded.source_names}
+    tied = {loaded.source_names[n] for n in (*loaded.tied, *loaded.untied) if n in loaded.source_names}
     counted = {n: t for n, t in reference.items() if n not in tied}
     reference_bytes = sum(t.nbytes for t in counted.values())
     n_weights = sum(t.numel() for t in counted.values())

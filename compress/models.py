@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from compress.errors import ConfigError, EnvironmentProblem, UnsupportedModel
 from compress.naming import match_names
 from compress.source import SourceCheckpoint, resolve
+
+if TYPE_CHECKING:
+    from compress.rotation import Rotation
 
 
 @dataclass
@@ -42,10 +45,20 @@ class LoadedModel:
     unused: dict[str, str]  # source tensor -> why the architecture does not read it
     dtype: torch.dtype
     block_returns_tuple: bool | None = None  # learnt from the first block that runs
+    rotation: Rotation | None = None  # folded into the weights on their way from the source
+    untied: dict[str, str] = field(default_factory=dict)  # ties of the source that the rotation broke
 
     def tensor(self, name: str) -> Tensor:
+        """Value of a parameter, on the CPU: its source tensor, or what a rotation makes of it (float32 for linears
+        that will be quantized, otherwise the checkpoint's dtype)."""
+        holder = self.tied.get(name, name)
+        if self.rotation is not None and holder in self.rotation.changes:
+            return self.rotation.tensor(self, holder)
+        return self.original(name)
+
+    def original(self, name: str) -> Tensor:
         """Source tensor of a parameter, on the CPU, in the checkpoint's dtype."""
-        return self.source.tensor(self.source_names[self.tied.get(name, name)])
+        return self.source.tensor(self.source_names[(self.tied | self.untied).get(name, name)])
 
     def materialize(self, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         """Give every parameter below `prefix` (a module's name) its value on `device`."""

@@ -18,20 +18,24 @@ import torch
 
 from compress import artifact as artifacts
 from compress import environment
+from compress.allocate import allocate, apply_allocation, check_budget, describe
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
-from compress.config import RunConfig, to_plain
+from compress.config import RunConfig, Transform, to_plain
 from compress.errors import ArtifactError
 from compress.forecast import check_forecast, check_lengths, context_length, forecast
 from compress.measure import measure_quality, measure_size, measure_speed
 from compress.models import choose_device, load_model
 from compress.plan import make_plan
 from compress.progress import progress
+from compress.rotation import attach_rotation
 from compress.run import Run, compute_dtype, default_run_dir, quantize_mark
 from compress.source import sha256_file
 from compress.state import RunState, code_sha256, fingerprint, locked
 from compress.texts import calibration_set, default_tasks, evaluation_set
+from compress.tune import FOLDER as TUNED_FOLDER
+from compress.tune import tune_model
 from compress.units import format_bytes
 from compress.verify import check_kept, save_expected, verify_artifact
 
@@ -54,6 +58,8 @@ def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[st
     device = choose_device(config.device)
     loaded = load_model(config.model, config.revision, config.trust_remote_code, config.quant.blocks)
     plan = make_plan(loaded, config.quant)
+    if config.budget.enabled:
+        check_budget(plan, config.budget)
     check_lengths(config, loaded)
     dtype = compute_dtype(config.compute_dtype, device, loaded.dtype)
     source_sha256 = loaded.source.sha256()
@@ -109,13 +115,22 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     """Quantize and save. Returns {"manifest", "manifest_sha256", "layers", ...} and the calibration facts."""
     config = run.config
     calibration: CalibrationSet | None = None
-    if config.quant.needs_calibration:
+    if config.needs_calibration:
         calibration = calibration_set(config.calibration, run.loaded, run.tokenizer())
     facts = None
     if calibration is not None:
         n, t = calibration.input_ids.shape
         facts = {"source": calibration.source, "sha256": calibration.sha256, "n_sequences": n, "sequence_length": t}
     inputs = {**mark, "calibration": facts}
+    if config.budget.enabled:
+        assert calibration is not None
+        inputs["allocation"] = run.allocation = _allocate(run, calibration, inputs)
+        run.plan = apply_allocation(run.plan, run.allocation)
+        if len(run.plan.schemes()) > 1 and not all(scheme.symmetric for scheme in run.plan.schemes()):
+            run.warnings.append(
+                "several schemes with zero points among them: transformers with compressed-tensors up to 0.20 cannot "
+                "read this artifact, compress.load can; with symmetric budget.choices both can"
+            )
     checkpoints = run.run_dir / "checkpoints" / fingerprint(inputs)[:16]
     if config.force:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -129,6 +144,22 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     with suppress(OSError):  # those of other settings may be in there
         checkpoints.parent.rmdir()
     return {**result, "manifest": artifacts.read_manifest(run.artifact)}, facts
+
+
+def _allocate(run: Run, calibration: CalibrationSet, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which scheme each group of linears gets within the budget."""
+    config = run.config
+
+    def work() -> dict[str, Any]:
+        with progress(f"sensitivities of {config.name}") as report:
+            return allocate(
+                run.loaded, run.plan, config.budget, calibration.input_ids, config.calibration.batch_size,
+                run.device, run.dtype, report, config.trust_remote_code,
+            )  # fmt: skip
+
+    allocation: dict[str, Any] = run.stage("allocate", inputs, work)
+    log.info("%s", describe(allocation))
+    return allocation
 
 
 def _artifact_damage(run: Run, result: dict[str, Any]) -> str | None:
@@ -158,6 +189,11 @@ def _quantize_and_save(
         format_bytes(expected.disk_bytes),
     )  # fmt: skip
     check_forecast(expected, run.device, run.run_dir)
+    notes = []
+    if config.quant.transform is Transform.hadamard:
+        notes = attach_rotation(loaded, run.plan, config.quant.hadamard, run.device)
+        for line in notes:
+            log.info("%s", line)
     vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
     generator = torch.Generator().manual_seed(0)
     n_tokens_verified = min(_VERIFY_TOKENS, context_length(loaded) or _VERIFY_TOKENS)
@@ -170,19 +206,37 @@ def _quantize_and_save(
         result = compress_blocks(inputs, report)
     if result.n_resumed:
         log.info("resumed: %d of %d blocks were finished before", result.n_resumed, len(loaded.blocks))
+    verify_logits, tuned = result.verify_logits, None
+    if config.quant.tune.enabled:
+        assert result.teacher is not None
+        with progress(f"tuning {config.name}") as report:
+            note, verify_logits = tune_model(inputs, result.teacher, report)
+        tuned = asdict(note)
+        log.info(
+            "tuned: KL on held-out calibration text %.4f -> %.4f in %d of %d steps",
+            note.kl_before, note.kl_after, note.steps, note.steps_planned,
+        )  # fmt: skip
+        checkpoints = checkpoints / TUNED_FOLDER
     saved = artifacts.ArtifactFacts(
-        config.model, run.source_sha256, to_plain(config.quant) | {"name": config.name}, facts,
+        config.model, run.source_sha256, to_plain(config.quant) | {"name": config.name} | _budget(run), facts,
         environment.versions(), [layer.without_time() for layer in result.layers],
     )  # fmt: skip
     artifacts.save_artifact(loaded, checkpoints, run.artifact, saved)
-    save_expected(run.run_dir / _EXPECTED, verify_ids, result.verify_logits)
+    save_expected(run.run_dir / _EXPECTED, verify_ids, verify_logits)
     return {
         "manifest_sha256": artifacts.manifest_sha256(run.artifact),
         "expected_sha256": sha256_file(run.run_dir / _EXPECTED),
         "layers": [asdict(layer) for layer in result.layers],
+        "tuned": tuned,
         "forecast": expected.to_plain(),
         "peak_memory_bytes": _peak_memory_bytes(run.device),
+        "notes": notes,
     }
+
+
+def _budget(run: Run) -> dict[str, Any]:
+    """The allocation as the manifest's recipe has it; nothing where no budget was set."""
+    return {"allocation": run.allocation} if run.allocation is not None else {}
 
 
 def _verify(run: Run, content: str, code: str) -> dict[str, Any]:
@@ -225,6 +279,7 @@ def _record(
     layers = quantized["layers"] if quantized else [
         asdict(LayerReport(p.name, "kept", (p.n, p.k))) for p in run.plan.linears
     ]  # fmt: skip
+    run.warnings += quantized["notes"] if quantized else []
     raised = [r["name"] for r in layers if r["damping_steps"]]
     if raised:
         run.warnings.append(f"damping was raised for {len(raised)} linears, first {raised[0]}")
@@ -242,13 +297,15 @@ def _record(
         "verify": verified,
         "scheme": ", ".join(s.label() for s in run.plan.schemes()) or str(run.loaded.dtype).removeprefix("torch."),
         "transform": config.quant.transform.value,
-        "rounding": config.quant.rounding.value,
+        "rounding": config.quant.rounding_label,
         "environment": environment.describe(run.device, run.dtype),
         "calibration": calibration,
+        "allocation": run.allocation,
         "quality": quality,
         "size": size,
         "speed": speed,
         "layers": layers,
+        "tuned": quantized["tuned"] if quantized else None,
         "timings": run.timings,
         "memory": {"forecast": quantized["forecast"], "peak_bytes": quantized["peak_memory_bytes"]}
         if quantized

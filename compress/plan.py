@@ -68,7 +68,7 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
             hint = f"*.{near[0]}" if near else f"one ending in {', '.join(leaves)}"
             raise ConfigError(f"pattern {pattern!r} matches none of the {len(names)} linears; did you mean {hint}?")
     base = scheme_from_config(config.scheme)
-    overrides = {p: _override(base, p, values) for p, values in config.overrides.items()}
+    overrides = {p: override_scheme(base, f"quant.overrides[{p!r}]", v) for p, v in config.overrides.items()}
     linears = []
     for index, block in enumerate(loaded.blocks):
         for local, module in block.linears.items():
@@ -91,14 +91,19 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
     return Plan(linears, config)
 
 
-def _override(base: QuantScheme, pattern: str, values: dict[str, Any]) -> QuantScheme:
+def override_scheme(base: QuantScheme, where: str, values: dict[str, Any]) -> QuantScheme:
+    """`base` with the named fields changed.
+
+    Raises:
+        ConfigError: a field or value that is none; `where` names the setting.
+    """
     known = [f.name for f in fields(SchemeConfig)]
     changes: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"quant.overrides[{pattern!r}] has no field {key!r}; {hint}")
+            raise ConfigError(f"{where} has no field {key!r}; {hint}")
         try:
             if key == "granularity":
                 value = Granularity(GranularityName(str(value).lower()).value)
@@ -112,12 +117,12 @@ def _override(base: QuantScheme, pattern: str, values: dict[str, Any]) -> QuantS
             else:
                 value = int(value)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"quant.overrides[{pattern!r}].{key}={value!r}: {error}") from error
+            raise ConfigError(f"{where}.{key}={value!r}: {error}") from error
         changes[key] = value
     try:
         return replace(base, **changes)
     except ConfigError as error:
-        raise ConfigError(f"quant.overrides[{pattern!r}]: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def check_fused(plan: Plan, block: int, groups: list[ScaleGroup]) -> None:

@@ -45,7 +45,7 @@ _TOP = (
     | _fields("list", "layers warnings")
     | _fields("int", "schema")
 )
-_OPTIONAL = _fields("list?", "command")
+_OPTIONAL = _fields("list?", "command") | _fields("dict?", "allocation tuned")
 _ENVIRONMENT = _fields("str", "device device_name")
 _CALIBRATION = _fields("str", "source sha256") | _fields("int", "n_sequences sequence_length")
 _QUALITY = (

@@ -166,6 +166,10 @@ def _headline(record: Record) -> Table:
     size, quality = record["size"], record["quality"]
     sizes = f"{format_bytes(size['reference_weight_bytes'])} -> {format_bytes(size['weight_bytes'])}"
     grid.add_row("weights", Text(f"{sizes}  ({size['ratio']:.2f}x, {size['bits_per_weight']:.2f} bits a weight)"))
+    if allocation := record.get("allocation"):
+        wanted = ", ".join(f"{name}={value:g}" for name, value in allocation["budget"].items())
+        predicted = f"predicted KL {allocation['predicted_kl']:.3g}, {allocation['sensitivity']}"
+        grid.add_row("budget", Text(f"{wanted}: {allocation['bits']:.4g} bits a quantized weight, {predicted}"))
     if quality is None:
         grid.add_row("quality", Text("not measured (eval.enabled=false)", style="yellow"))
     else:

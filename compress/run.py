@@ -21,8 +21,9 @@ from compress.state import RunState, code_sha256, fingerprint
 log = logging.getLogger(__name__)
 
 _QUANTIZE_CODE = (
-    "quant.py", "packing.py", "methods", "blocks.py", "awq_pass.py", "groups.py", "streams.py", "models.py",
-    "naming.py", "source.py", "plan.py", "calibration.py", "checkpoint.py", "artifact.py",
+    "quant.py", "packing.py", "methods", "rotation.py", "blocks.py", "awq_pass.py", "learn_pass.py", "tune.py",
+    "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py", "allocate.py", "sensitivity.py",
+    "calibration.py", "checkpoint.py", "artifact.py",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Run:
     dtype: torch.dtype
     run_dir: Path
     state: RunState
+    allocation: dict[str, Any] | None = None  # what a budget decided
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +102,8 @@ def quantize_mark(config: RunConfig, source_sha256: str, device: torch.device, d
     return {
         "source": source_sha256,
         "quant": to_plain(config.quant),
-        "calibration_config": to_plain(config.calibration) if config.quant.needs_calibration else None,
+        "budget": to_plain(config.budget) if config.budget.enabled else None,
+        "calibration_config": to_plain(config.calibration) if config.needs_calibration else None,
         "device": device.type,
         "dtype": str(dtype),
         "code": code_sha256(*_QUANTIZE_CODE),

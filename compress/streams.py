@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import NumericalError, UnsupportedModel
 from compress.models import Block, LoadedModel, retie, set_parameter
@@ -55,7 +55,7 @@ class HiddenStream:
     def n_tokens(self) -> int:
         return sum(batch.numel() for batch in self.token_batches)
 
-    def forward(self, block: nn.Module, index: int, batch: int, for_good: bool = False) -> Tensor:
+    def forward(self, block: Callable[..., Any], index: int, batch: int, for_good: bool = False) -> Tensor:
         """Run block number `index` on batch number `batch`: [B, T, H].
 
         What the block hands to later ones through a dict of its call stays there only `for_good`.
@@ -73,14 +73,21 @@ class HiddenStream:
         Raises:
             NumericalError: an output is not finite.
         """
-        for i, hidden in enumerate(self.hidden):
-            output = self.forward(block.module, index, i, for_good=True)
-            if not torch.isfinite(output).all():
-                raise NumericalError(
-                    f"{block.name} gives NaN or Inf on the calibration tokens; use compute_dtype=float32, "
-                    "or check the source weights"
-                )
-            self.hidden[i] = output.to(hidden.device)
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self._output(block, index, i)
+
+    def outputs(self, block: Block, index: int) -> list[Tensor]:
+        """What `advance` would replace each batch by; the stream itself stays before the block. Raises as that."""
+        return [self._output(block, index, i) for i in range(len(self.hidden))]
+
+    def _output(self, block: Block, index: int, batch: int) -> Tensor:
+        output = self.forward(block.module, index, batch, for_good=True)
+        if not torch.isfinite(output).all():
+            raise NumericalError(
+                f"{block.name} gives NaN or Inf on the calibration tokens; use compute_dtype=float32, "
+                "or check the source weights"
+            )
+        return output.to(self.hidden[batch].device)
 
 
 def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: torch.device, store: torch.device,
@@ -92,7 +99,7 @@ def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: to
     batches = list(tokens.split(batch_size))
     hidden: list[Tensor] = []
     calls: list[list[BlockCall]] = []
-    _materialize_outside(loaded, device, dtype, with_head=False)
+    materialize_outside(loaded, device, dtype, with_head=False)
     loaded.materialize(loaded.blocks[0].name, device, dtype)
     try:
         with torch.no_grad():
@@ -102,27 +109,33 @@ def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: to
                 calls.append(next((c for c in calls if _same_calls(c, recorded)), recorded))
     finally:
         loaded.release(loaded.blocks[0].name)
-        _release_outside(loaded)
+        release_outside(loaded)
     return HiddenStream(batches, hidden, calls, device)
 
 
 def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -> Tensor:
     """Logits of hidden states that have passed every block: float32 [S, T, V] on the CPU."""
-    _materialize_outside(loaded, stream.device, dtype, with_head=True)
-    logits = []
+    materialize_outside(loaded, stream.device, dtype, with_head=True)
     try:
-        last = len(loaded.blocks) - 1
-        for batch, hidden in zip(stream.token_batches, stream.hidden, strict=True):
-
-            def stub(index: int, h: Tensor, _a: object, _k: object, final: Tensor = hidden) -> Any:
-                value = final.to(stream.device) if index == last else h
-                return (value,) if loaded.block_returns_tuple else value
-
-            with torch.no_grad(), _stubbed(loaded.blocks, stub):
-                logits.append(loaded.model(batch.to(stream.device), use_cache=False).logits.float().cpu())
+        logits = [logits_of(loaded, stream, batch).float().cpu() for batch in range(len(stream.hidden))]
     finally:
-        _release_outside(loaded)
+        release_outside(loaded)
     return torch.cat(logits)
+
+
+def logits_of(loaded: LoadedModel, stream: HiddenStream, batch: int) -> Tensor:
+    """Logits [B, T, V] of one batch of hidden states that have passed every block, in the dtype of the head; what lies
+    outside the blocks must be materialized."""
+    last = len(loaded.blocks) - 1
+
+    def stub(index: int, h: Tensor, _a: object, _k: object) -> Any:
+        value = stream.hidden[batch].to(stream.device) if index == last else h
+        return (value,) if loaded.block_returns_tuple else value
+
+    tokens = stream.token_batches[batch].to(stream.device)
+    with torch.no_grad(), _stubbed(loaded.blocks, stub):
+        logits: Tensor = loaded.model(tokens, use_cache=False).logits
+    return logits
 
 
 def _same_calls(a: list[BlockCall], b: list[BlockCall]) -> bool:
@@ -206,16 +219,28 @@ def _stubbed(blocks: list[Block], recorder: Recorder) -> Iterator[None]:
 
         return forward
 
+    with replaced_forwards(blocks, lambda i, _: stub_for(i)):
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    blocks: list[Block], replacement: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Blocks run replacement(index, their forward) inside; may be nested."""
+    before = [vars(block.module).get("forward") for block in blocks]
     for i, block in enumerate(blocks):
-        block.module.forward = stub_for(i)  # type: ignore[method-assign]
+        block.module.forward = replacement(i, block.module.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.module.forward
+            if forward is not None:
+                block.module.forward = forward  # type: ignore[method-assign]
 
 
-def _materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, with_head: bool) -> None:
+def materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, with_head: bool) -> None:
     head = loaded.model.get_output_embeddings()  # type: ignore[operator]
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
     named = dict(loaded.model.named_parameters(remove_duplicate=False))
@@ -234,7 +259,7 @@ def _materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch
                     module._buffers[key] = buffer.to(device)
 
 
-def _release_outside(loaded: LoadedModel) -> None:
+def release_outside(loaded: LoadedModel) -> None:
     named = dict(loaded.model.named_parameters(remove_duplicate=False))
     for name in loaded.outside_blocks():
         if name not in loaded.tied:

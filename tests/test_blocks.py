@@ -22,6 +22,7 @@ from compress.checkpoint import BlockState, checkpoint_path, decode, encode, loa
 from compress.checkpoint import scheme_to_dict as to_dict
 from compress.config import AwqConfig, GptqConfig, ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
 from compress.errors import ArtifactError, ConfigError, NumericalError, UnsupportedModel
+from compress.methods.gptq import gptq_quantize_shared
 from compress.methods.rtn import rtn_quantize
 from compress.models import Block, LoadedModel, find_linears, load_model
 from compress.plan import make_plan
@@ -57,6 +58,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "awq-asym": {"transform": Transform.awq, "scheme": SchemeConfig(bits=3, group_size=16, symmetric=False)},
     "gptq": {"rounding": Rounding.gptq},
     "gptq-not-sequential": {"rounding": Rounding.gptq, "gptq": GptqConfig(true_sequential=False)},
+    "gptaq": {"rounding": Rounding.gptq, "gptq": GptqConfig(gptaq=True)},
+    "awq-gptaq": {"transform": Transform.awq, "rounding": Rounding.gptq, "gptq": GptqConfig(gptaq=True)},
+    "hqq": {"rounding": Rounding.hqq, "scheme": SchemeConfig(bits=3, group_size=16, symmetric=False)},
     "awq-gptq": {
         "transform": Transform.awq,
         "rounding": Rounding.gptq,
@@ -167,6 +171,65 @@ def test_better_methods_report_smaller_errors(deep_model_dir: Path, tmp_path: Pa
     assert all(r.error_of == "outputs" and r.n_tokens == 160 and r.damping == 0.01 and r.n_dead == 0 for r in gptq)
     assert all(r.error < 0.9 * r.error_rtn for r in gptq if r.name.startswith("model.layers.0.self_attn.q"))  # type: ignore[operator]
     assert [r.name for r in gptq] == [r.name for r in plain]
+
+
+def linear_inputs(directory: Path, names: list[str], changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float64 [tokens, K] of what the named linears of block 1 read in transformers' own model on the calibration
+    tokens, with some weights of the whole model replaced."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, value in changed.items():
+            model.get_parameter(f"{name}.weight").copy_(value)
+        for name in names:
+            linear = model.model.layers[1].get_submodule(name)
+            linear.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].flatten(0, 1)}))
+        model(token_ids(5, 32, seed=1))
+    return {name: x.double() for name, x in found.items()}
+
+
+def test_gptaq_pairs_inputs_with_those_of_the_original_model(
+    deep_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: transformers' forward of the whole original model and of the model with everything before each group
+    quantized: E[(x_original - x) x^T] over the same tokens, which is 0 for the first group of the model only."""
+    seen: list[Tensor] = []
+
+    def spy(weights: list[Tensor], hessian: Tensor, *args: Any) -> Any:
+        seen.append(args[-1])
+        return gptq_quantize_shared(weights, hessian, *args)
+
+    monkeypatch.setattr("compress.blocks.gptq_quantize_shared", spy)
+    result = run(deep_model_dir, "gptaq", tmp_path)
+    assert len(seen) == 16 and torch.count_nonzero(seen[0]) == 0
+    groups = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+              ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
+    firsts = [members[0] for members in groups]
+    states = [load_block(tmp_path, index) for index in range(2)]
+    assert states[0] is not None and states[1] is not None
+    done = {f"model.layers.0.{n}": q.dequantize() for n, q in states[0].quantized.items()}
+    original = linear_inputs(deep_model_dir, firsts, {})
+    for number, members in enumerate(groups):
+        x = linear_inputs(deep_model_dir, firsts, done)[members[0]]
+        expected = (original[members[0]] - x).t() @ x / len(x)
+        found = seen[4 + number].double()
+        assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
+        done |= {f"model.layers.1.{n}": states[1].quantized[n].dequantize() for n in members}
+    assert all(layer.fallback is None and layer.moved is not None for layer in result.layers)
+
+
+def test_gptaq_says_where_inputs_cannot_be_paired(
+    deep_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: plain GPTQ. A teacher whose tokens the linears do not read one by one pairs with nothing; every linear
+    then has the codes of a run without GPTAQ and says so."""
+    monkeypatch.setattr("compress.blocks._BlockQuantizer._original_inputs", lambda self, groups, teacher: {})
+    result = run(deep_model_dir, "gptaq", tmp_path / "a")
+    run(deep_model_dir, "gptq", tmp_path / "b")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+    assert all(layer.fallback is not None and "plain GPTQ" in layer.fallback for layer in result.layers)
 
 
 def test_kept_linears_stay_as_they_are(deep_model_dir: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from compress.config import (
     GateConfig,
     GptqConfig,
     GranularityName,
+    HqqConfig,
     ObserverName,
     PublishConfig,
     QuantConfig,
@@ -37,7 +38,12 @@ RECIPES = {
     "awq_gptq4": ("awq", "gptq", 4, "group", True),
     "bf16": ("none", "none", 4, "group", False),
     "gptq3": ("none", "gptq", 3, "group", True),
+    "best4": ("none", "gptq", 4, "group", True),
+    "best3": ("none", "gptq", 3, "group", True),
+    "best2": ("none", "gptq", 2, "group", True),
     "gptq4": ("none", "gptq", 4, "group", True),
+    "mixed3_5": ("none", "gptq", 4, "group", True),
+    "hqq4": ("none", "hqq", 4, "group", False),
     "rtn3": ("none", "rtn", 3, "group", False),
     "rtn4": ("none", "rtn", 4, "group", False),
     "rtn8_channel": ("none", "rtn", 8, "channel", False),
@@ -72,7 +78,7 @@ def test_recipe_composes_into_what_its_name_says(recipe: str) -> None:
     )
     assert config.name == recipe
     assert found == RECIPES[recipe]
-    assert quant.scheme.symmetric
+    assert quant.scheme.symmetric == (recipe != "hqq4")
 
 
 def test_awq4_is_the_default_and_command_line_wins_over_recipe() -> None:
@@ -103,6 +109,13 @@ def test_enum_members_are_named_by_their_value(kind: type[Enum]) -> None:
         (lambda: GptqConfig(damping=float("nan")), "quant.gptq.damping=nan"),
         (lambda: GptqConfig(damping=float("inf")), "quant.gptq.damping=inf"),
         (lambda: GptqConfig(max_damping_steps=-1), "quant.gptq.max_damping_steps=-1"),
+        (lambda: GptqConfig(gptaq_strength=1.5), "quant.gptq.gptaq_strength=1.5"),
+        (lambda: GptqConfig(gptaq=True, true_sequential=False), "quant.gptq.gptaq=true needs"),
+        (lambda: HqqConfig(lp_norm=0.0), "quant.hqq.lp_norm=0.0"),
+        (lambda: HqqConfig(lp_norm=2.0), "quant.hqq.lp_norm=2.0"),
+        (lambda: HqqConfig(beta=0.0), "quant.hqq.beta=0.0"),
+        (lambda: HqqConfig(kappa=0.9), "quant.hqq.kappa=0.9"),
+        (lambda: HqqConfig(iterations=0), "quant.hqq.iterations=0"),
         (lambda: CalibrationConfig(n_sequences=0), "calibration.n_sequences=0"),
         (lambda: CalibrationConfig(path="a", dataset="b"), "calibration.path and calibration.dataset"),
         (lambda: VerifyConfig(n_sequences=0), "verify.n_sequences=0"),

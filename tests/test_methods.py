@@ -10,13 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.config import AwqConfig, GptqConfig
+from compress.config import AwqConfig, GptqConfig, HqqConfig
 from compress.errors import NumericalError
 from compress.methods.awq import clip_ranges, scaled_fake_quantize, search_scales
 from compress.methods.gptq import gptq_quantize, gptq_quantize_shared
+from compress.methods.hqq import hqq_quantize, lp_error, shrink
+from compress.methods.quantease import refine
 from compress.methods.rtn import rtn_quantize
-from compress.methods.stats import InputStats, output_error, relative_output_error
-from compress.quant import Granularity, Observer, QuantScheme, choose_qparams, dequantize, fake_quantize
+from compress.methods.stats import CrossStats, InputStats, output_error, relative_output_error
+from compress.quant import (
+    Granularity,
+    Observer,
+    QuantizedWeight,
+    QuantScheme,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    group_view,
+)
 
 SCHEMES = [QuantScheme(b, group_size=16, symmetric=s) for b in (2, 3, 4) for s in (True, False)]
 
@@ -32,6 +43,28 @@ def random_hessian(k: int, correlation: float, seed: int = 0, n_tokens: int = 25
     x = (1 - correlation) * x + correlation * x[:, :1]
     x = x * torch.logspace(-1, 1, k)[torch.randperm(k, generator=generator)]
     return x.t() @ x / n_tokens
+
+
+RealLayers = dict[str, tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def real_layers() -> RealLayers:
+    """Weight [N, K] and Hessian [K, K] over 1024 held-out tokens of linears in the embedded model's third block."""
+    from transformers import AutoModelForCausalLM
+
+    from compress.reference import heldout_tokens, model_path
+
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    layers: RealLayers = {}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        linear = model.model.layers[2].get_submodule(name)
+        stats = InputStats.empty(linear.in_features, torch.device("cpu"))
+        linear.register_forward_pre_hook(lambda _, args, stats=stats: stats.update(args[0]))
+        layers[name] = linear.weight.detach().clone(), stats.hessian
+    with torch.no_grad():
+        model.model(heldout_tokens()[:2])
+    return layers
 
 
 def naive_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme, config: GptqConfig) -> Tensor:
@@ -196,6 +229,288 @@ def test_gptq_leaves_its_arguments_alone_and_rounds_scales_to_their_dtype() -> N
     result = gptq_quantize(weight, hessian, QuantScheme(4, group_size=16), GptqConfig(), torch.bfloat16)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
     assert result.weight.scale.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_gptq_loses_less_than_rtn_on_a_real_model(linear: str, act_order: bool, real_layers: RealLayers) -> None:
+    """Oracle: trace(D H D^T) with the inputs that a trained model's own linears read, for both kinds of range."""
+    weight, hessian = real_layers[linear]
+    for observer in Observer:
+        for bits in (3, 4):
+            scheme = QuantScheme(bits, group_size=128, observer=observer)
+            result = gptq_quantize(weight, hessian, scheme, GptqConfig(act_order=act_order))
+            rtn = rtn_quantize(weight, scheme, hessian.diagonal())
+            loss = output_error(result.weight.dequantize() - weight, hessian)
+            assert loss < 0.7 * output_error(rtn.dequantize() - weight, hessian)
+
+
+# GPTQ with asymmetric calibration
+
+
+def drifting_inputs(k: int, n_tokens: int, drift: float, seed: int) -> tuple[Tensor, Tensor]:
+    """float64 [M, K]: correlated inputs of a quantized model, and of the original, which differ by a linear map of
+    them (what calibration can see) and noise (what it cannot)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_tokens, k, generator=generator, dtype=torch.float64)
+    x = 0.5 * x + 0.5 * x[:, :1]
+    mixing = torch.randn(k, k, generator=generator, dtype=torch.float64) / k**0.5
+    return x + drift * (x @ mixing + 0.3 * torch.randn(n_tokens, k, generator=generator, dtype=torch.float64)), x
+
+
+def drift_stats(original: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hessian and cross statistic, float32 [K, K]."""
+    stats, cross = InputStats.empty(x.shape[1], torch.device("cpu")), CrossStats.empty(x.shape[1], torch.device("cpu"))
+    for a, b in zip(original.split(50), x.split(50), strict=True):
+        stats.update(b)
+        cross.update(a, b)
+    return stats.hessian, cross.cross
+
+
+def test_cross_statistics_do_not_depend_on_batches() -> None:
+    """Oracle: one product over all rows in float64; a copy of the statistics holds its own."""
+    original, x = drifting_inputs(24, 170, 0.1, seed=20)
+    _, cross = drift_stats(original, x)
+    torch.testing.assert_close(cross.double(), (original - x).t() @ x / 170, rtol=1e-4, atol=1e-6)
+    stats = InputStats.empty(24, torch.device("cpu"))
+    stats.drift = CrossStats.empty(24, torch.device("cpu"))
+    stats.drift.update(original.view(2, 85, 24), x.view(2, 85, 24))
+    copy = stats.clone()
+    assert copy.drift is not None and copy.drift.n_tokens == 170
+    copy.drift.update(original * 2, x)
+    assert stats.drift.n_tokens == 170 and not torch.equal(copy.drift.cross, stats.drift.cross)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptaq_without_drift_is_gptq(act_order: bool) -> None:
+    """Oracle: GPTQ itself, bit for bit, for a cross statistic of zeros and for strength 0."""
+    weight, hessian = random_weight(24, 64, seed=21), random_hessian(64, 0.5, seed=22)
+    scheme = QuantScheme(4, group_size=16, symmetric=False)
+    plain = gptq_quantize(weight, hessian, scheme, GptqConfig(act_order=act_order))
+    cross = random_weight(64, 64, seed=23)
+    for strength, statistic in ((1.0, torch.zeros(64, 64)), (0.0, cross)):
+        config = GptqConfig(act_order=act_order, gptaq=True, gptaq_strength=strength)
+        result = gptq_quantize(weight, hessian, scheme, config, cross=statistic)
+        assert torch.equal(result.weight.codes, plain.weight.codes)
+        assert torch.equal(result.weight.scale, plain.weight.scale)
+        assert result.moved == 0.0 and plain.moved is None
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_gptaq_rounds_the_weight_that_fits_the_original_outputs(act_order: bool, strength: float) -> None:
+    """Oracle: ridge regression in float64 on the tokens themselves: the minimum over real-valued Q of
+    mean ||Q x - W y||^2 + damping ||Q - W||^2 by least squares over stacked rows. At 8 bits what GPTQ returns must lie
+    within rounding of it, and plain GPTQ must not."""
+    original, x = drifting_inputs(32, 400, 0.2, seed=24)
+    weight = random_weight(16, 32, seed=25)
+    hessian, cross = drift_stats(original, x)
+    config = GptqConfig(act_order=act_order, gptaq_strength=strength)
+    damping = config.damping * float(hessian.diagonal().mean())
+    target = (x + strength * (original - x)) @ weight.double().t()
+    rows = torch.cat([x / 400**0.5, damping**0.5 * torch.eye(32, dtype=torch.float64)])
+    values = torch.cat([target / 400**0.5, damping**0.5 * weight.double().t()])
+    best = torch.linalg.lstsq(rows, values).solution.t()
+    scheme = QuantScheme(8, group_size=16)
+    result = gptq_quantize(weight, hessian, scheme, config, cross=cross)
+    moved = (best - weight.double()).norm()
+    assert result.moved == pytest.approx(float(moved / weight.double().norm()), rel=1e-3)
+    assert (result.weight.dequantize().double() - best).norm() < 0.1 * moved
+    assert (gptq_quantize(weight, hessian, scheme, config).weight.dequantize().double() - best).norm() > 0.9 * moved
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=QuantScheme.label)
+def test_gptaq_comes_closer_to_the_original_outputs_than_gptq(scheme: QuantScheme, act_order: bool) -> None:
+    """Oracle: the outputs themselves, mean over tokens of ||Q x - W x_original||^2, on the calibration tokens and on
+    others of the same kind; the sum over several matrices."""
+    losses = {False: [0.0, 0.0], True: [0.0, 0.0]}
+    for seed in range(30, 34):
+        original, x = drifting_inputs(32, 1200, 0.3, seed)
+        weight = random_weight(32, 32, seed)
+        hessian, cross = drift_stats(original[:800], x[:800])
+        for gptaq in (False, True):
+            config = GptqConfig(act_order=act_order, gptaq_strength=1.0)
+            result = gptq_quantize(weight, hessian, scheme, config, cross=cross if gptaq else None)
+            error = x @ result.weight.dequantize().double().t() - original @ weight.double().t()
+            losses[gptaq][0] += float(error[:800].square().mean())
+            losses[gptaq][1] += float(error[800:].square().mean())
+    assert losses[True][0] < losses[False][0] and losses[True][1] < losses[False][1]
+
+
+def test_gptaq_leaves_dead_inputs_dead_and_refuses_nonsense() -> None:
+    """Oracle: an input that is always 0 in the quantized model gets weight 0, however it was in the original: its part
+    of the output moves to the live ones. NaN in the cross statistic is the documented error."""
+    original, x = drifting_inputs(32, 400, 0.2, seed=26)
+    x[:, 5] = 0
+    weight = random_weight(16, 32, seed=27)
+    hessian, cross = drift_stats(original, x)
+    scheme, config = QuantScheme(8, group_size=16), GptqConfig(gptaq_strength=1.0)
+    result = gptq_quantize(weight, hessian, scheme, config, cross=cross)
+    assert result.n_dead == 1 and torch.count_nonzero(result.weight.dequantize()[:, 5]) == 0
+
+    def loss(q: Tensor) -> float:
+        return float((x @ q.double().t() - original @ weight.double().t()).square().mean())
+
+    plain = gptq_quantize(weight, hessian, scheme, config)
+    assert loss(result.weight.dequantize()) < 0.5 * loss(plain.weight.dequantize())
+    cross[3, 4] = float("nan")
+    with pytest.raises(NumericalError, match="cross statistic holds NaN or Inf"):
+        gptq_quantize(weight, hessian, scheme, config, cross=cross)
+
+
+# refinement
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refinement_never_raises_the_loss(granularity: Granularity, symmetric: bool) -> None:
+    """Oracle: trace(D H D^T) of every row (of the whole matrix where it shares one scale) in float64, before and after,
+    from GPTQ's codes and from nearest ones; scales stay in their dtype, codes in range, zero points as they are."""
+    weight, hessian = random_weight(24, 64, seed=40), random_hessian(64, 0.5, seed=41)
+    scheme = QuantScheme(3, granularity, 16, symmetric)
+    for start in (
+        rtn_quantize(weight, scheme, scale_dtype=torch.bfloat16),
+        gptq_quantize(weight, hessian, scheme, GptqConfig(), torch.bfloat16).weight,
+    ):
+        q = start
+        for block_size in (7, 128, 64):
+            better = refine(weight, hessian, q, 1, block_size)
+            losses = []
+            for candidate in (q, better):
+                d = (dequantize(candidate) - weight).double()
+                losses.append(((d @ hessian.double()) * d).sum(1))
+            if granularity is Granularity.TENSOR:
+                losses = [loss.sum() for loss in losses]
+            assert bool((losses[1] <= losses[0] * (1 + 1e-5)).all())
+            assert torch.equal(better.zero, start.zero) and better.scale.dtype is torch.bfloat16
+            assert bool((better.scale > 0).all()) and int(better.codes.max()) <= scheme.max_code
+            q = better
+        assert output_error(dequantize(q) - weight, hessian) < 0.97 * output_error(dequantize(start) - weight, hessian)
+
+
+def test_refined_codes_are_a_coordinate_minimum() -> None:
+    """Oracle: every code of every row moved by one step either way, in float64: none is better once sweeps with fixed
+    scales have settled (a weight of scales that cannot be improved: those of the least-squares fit)."""
+    weight, hessian = random_weight(6, 32, seed=42), random_hessian(32, 0.5, seed=43)
+    scheme = QuantScheme(3, group_size=16)
+    q = refine(weight, hessian, rtn_quantize(weight, scheme), 30, 16)
+    d = (dequantize(q) - weight).double()
+    gradient, diagonal = d @ hessian.double(), hessian.double().diagonal()
+    step = q.scale.double().repeat_interleave(16, 1)
+    for move in (-1, 1):
+        allowed = (q.codes.int() + move >= 0) & (q.codes.int() + move <= scheme.max_code)
+        change = 2 * move * step * gradient + step.square() * diagonal
+        assert bool((change[allowed] >= -1e-6 * (step.square() * diagonal)[allowed]).all())
+
+
+def test_refinement_fits_scales_by_least_squares() -> None:
+    """Oracle: numpy's least squares on the tokens themselves: with all codes right, the scales that made the weight are
+    found again from scales that are 10 % off, and the codes stay."""
+    generator = torch.Generator().manual_seed(44)
+    scheme = QuantScheme(4, group_size=16)
+    codes = torch.randint(0, 16, (8, 32), generator=generator).to(torch.uint8)
+    scale = 0.01 + 0.01 * torch.rand(8, 2, generator=generator)
+    truth = QuantizedWeight(codes, scale, torch.full((8, 2), 8, dtype=torch.uint8), scheme)
+    start = QuantizedWeight(codes, scale * 1.1, truth.zero, scheme)
+    q = refine(dequantize(truth), random_hessian(32, 0.5, seed=45), start, 1, 128)
+    torch.testing.assert_close(q.scale, scale, rtol=1e-4, atol=0)
+    assert torch.equal(q.codes, codes)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_refines_in_its_own_objective(act_order: bool) -> None:
+    """Oracle: the damped loss around the weight it rounds, W itself or, with a cross statistic, the ridge solution W*
+    computed here in float64; also where an input is dead."""
+    original, x = drifting_inputs(64, 400, 0.2, seed=46)
+    x[:, 7] = 0
+    weight = random_weight(24, 64, seed=47)
+    hessian, cross = drift_stats(original, x)
+    damped = hessian.double() + 0.01 * hessian.diagonal()[hessian.diagonal() > 0].double().mean() * torch.eye(64)
+    scheme = QuantScheme(4, group_size=16)
+    for statistic in (None, cross):
+        target = weight.double()
+        if statistic is not None:
+            target = target + 0.5 * torch.linalg.solve(damped, (target @ statistic.double()).t()).t()
+        target[:, 7] = 0
+        losses = []
+        for rounds in (0, 2):
+            config = GptqConfig(act_order=act_order, refine_rounds=rounds)
+            result = gptq_quantize(weight, hessian, scheme, config, cross=statistic)
+            d = result.weight.dequantize().double() - target
+            losses.append(float(((d @ damped) * d).sum()))
+            assert torch.count_nonzero(result.weight.dequantize()[:, 7]) == 0
+        assert losses[1] < 0.98 * losses[0]
+
+
+# HQQ
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(list(Granularity)),
+    st.booleans(),
+    st.sampled_from([0.5, 0.7, 1.0]),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e20]),
+    st.integers(0, 2**31),
+)
+def test_hqq_never_loses_to_rtn_by_its_own_objective(
+    bits: int, granularity: Granularity, symmetric: bool, p: float, size: float, seed: int
+) -> None:
+    """Oracle: sum |w - Q(w)|^p of every group in float64, recomputed from the codes, against round to nearest."""
+    weight = random_weight(6, 32, seed)
+    weight[0, 3], weight[1, :16] = 1.0, 0.0
+    weight = weight * size
+    scheme = QuantScheme(bits, granularity, 16, symmetric)
+    losses = []
+    for q in (hqq_quantize(weight, scheme, HqqConfig(lp_norm=p)), rtn_quantize(weight, scheme)):
+        assert bool(torch.isfinite(q.scale).all() and (q.scale > 0).all()) and int(q.codes.max()) <= scheme.max_code
+        losses.append(group_view((dequantize(q) - weight).double().abs().pow(p), scheme).sum(-1))
+    assert bool((losses[0] <= losses[1] * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hqq_lowers_the_lp_error(symmetric: bool) -> None:
+    """Oracle: lp error of round to nearest on Gaussian weights, in the scale's stored dtype; codes are the nearest for
+    the grid that was found, and a symmetric grid keeps its zero point."""
+    weight = random_weight(64, 256, seed=28)
+    scheme = QuantScheme(3, group_size=64, symmetric=symmetric)
+    q, rtn = hqq_quantize(weight, scheme, HqqConfig(), torch.bfloat16), rtn_quantize(weight, scheme)
+    groups = group_view(weight, scheme)
+    total = float(lp_error(groups, q.scale, q.zero, scheme, 0.7).sum())
+    assert total < 0.97 * float(lp_error(groups, rtn.scale, rtn.zero, scheme, 0.7).sum())
+    assert total == pytest.approx(float((dequantize(q) - weight).abs().pow(0.7).sum()), rel=1e-4)
+    assert q.scale.dtype is torch.bfloat16
+    assert not symmetric or bool((q.zero == scheme.mid_code).all())
+    assert torch.equal(q.codes, rtn_quantize_with(weight, q.scale, q.zero, scheme))
+
+
+def rtn_quantize_with(weight: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
+    step = scale.float().repeat_interleave(scheme.group_size, 1)
+    offset = zero.float().repeat_interleave(scheme.group_size, 1)
+    return (torch.round(weight / step) + offset).clamp(0, scheme.max_code).to(torch.uint8)
+
+
+def test_hqq_shrinkage_is_the_published_operator() -> None:
+    """Oracle: sign(x) max(|x| - |x|^(p-1) / beta, 0) written out for single numbers, and soft thresholding at p = 1."""
+    x = torch.tensor([-2.0, -0.3, -1e-3, 0.0, 1e-6, 0.2, 1.0, 5.0])
+    for beta, p in ((10.0, 0.7), (2.0, 0.5)):
+        expected = []
+        for value in x.tolist():
+            size = abs(value)
+            kept = max(size - size ** (p - 1) / beta, 0.0) if size > 0 else 0.0
+            expected.append(kept if value > 0 else -kept)
+        torch.testing.assert_close(shrink(x, beta, p), torch.tensor(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(shrink(x, 4.0, 1.0), torch.nn.functional.softshrink(x, 0.25))
+
+
+def test_hqq_refuses_what_no_grid_holds() -> None:
+    """Oracle: the documented error."""
+    weight = random_weight(4, 32)
+    weight[2, 2] = float("nan")
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        hqq_quantize(weight, QuantScheme(4, group_size=16), HqqConfig())
 
 
 # AWQ

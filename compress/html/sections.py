@@ -226,31 +226,61 @@ def _work_row(r: dict[str, Any]) -> str:
     return table_row(r["phase"], cells)
 
 
+def _optional_number(value: float | None, form: str) -> str:
+    return table_cell("–" if value is None else format(value, form), "num", -1.0 if value is None else value)
+
+
 def layers_section(record: Record, figures: dict[str, Figure]) -> str:
-    if not record["layers"]:
+    layers = record["layers"]
+    if not layers:
         return ""
+    with_awq = any(layer.get("awq") for layer in layers)
+    with_learning = any(layer.get("learned") for layer in layers)
     rows = []
-    for layer in record["layers"]:
-        error, rtn, damping = layer["error"], layer["error_rtn"], layer.get("damping")
+    for layer in layers:
         cells = [
             table_cell(str(layer.get("scheme") or "–"), "keep"),
             table_cell(layer["status"]),
-            table_cell("–" if error is None else f"{error:#.3g}", "num", error if error is not None else -1.0),
-            table_cell("–" if rtn is None else f"{rtn:#.3g}", "num", rtn if rtn is not None else -1.0),
-            table_cell("–" if damping is None else f"{damping:.3g}", "num", damping if damping is not None else -1.0),
+            _optional_number(layer["error"], "#.3g"),
+            _optional_number(layer["error_rtn"], "#.3g"),
+        ]
+        if with_awq:
+            cells.append(_optional_number((layer.get("awq") or {}).get("loss_ratio"), ".3f"))
+        if with_learning:
+            learned = layer.get("learned") or {}
+            cells += [_optional_number(learned.get(key), "#.3g") for key in ("error_before", "error_after")]
+        cells += [
+            _optional_number(layer.get("damping"), ".3g"),
+            _optional_number(layer.get("n_tokens") or None, ","),
             table_cell(layer["fallback"] or "–", "warn" if layer["fallback"] else "dim"),
         ]
         rows.append(table_row(layer["name"], cells))
-    columns = ("layer", "scheme", "status", "#relative error", "#round-to-nearest", "#damping", "fallback")
+    columns = ["layer", "scheme", "status", "#relative error", "#round-to-nearest"]
+    columns += ["#error over identity"] if with_awq else []
+    columns += ["#block before", "#block learned"] if with_learning else []
+    columns += ["#damping", "#tokens", "fallback"]
     formulas = {"outputs": "‖Ŵx − Wx‖² / ‖Wx‖² over the calibration tokens", "weights": "‖Ŵ − W‖² / ‖W‖²"}
-    measured = {layer.get("error_of") for layer in record["layers"] if layer["error"] is not None}
+    measured = {layer.get("error_of") for layer in layers if layer["error"] is not None}
     meaning = " or ".join(formula for of, formula in formulas.items() if of in measured)
+    notes = "Relative error of each layer" + (f", {meaning}," if meaning else "") + " in the order of the model; "
+    notes += "dashes are plain round-to-nearest on the same grid."
+    if with_awq:
+        notes += " Error over identity: the scale group's output error with AWQ's scales over that without."
+    if with_learning:
+        notes += (
+            " Block before and learned: squared error of the whole block's output on calibration sequences that "
+            "learned rounding did not see, over the square of what the block adds."
+        )
+    if record.get("tuned"):
+        tuned = record["tuned"]
+        notes += (
+            f" Tuned end to end: KL on held-out calibration text {tuned['kl_before']:.4f} → {tuned['kl_after']:.4f} "
+            f"in {tuned['steps']} of {tuned['steps_planned']} steps."
+        )
     return (
-        "<h2>Layers</h2><p class='note'>Relative error of each layer"
-        + (f", {meaning}," if meaning else "")
-        + " in the order of the model; dashes are plain round-to-nearest on the same grid.</p>"
+        f"<h2>Layers</h2><p class='note'>{notes}</p>"
         + chart_card("layers", "Relative error by layer", figures)
-        + html_table(columns, rows, "sortable", "scroll tall")
+        + html_table(tuple(columns), rows, "sortable", "scroll tall")
     )
 
 

@@ -2,7 +2,17 @@
 
 Paper: arXiv 2210.17323, Algorithm 1, with lazy batches of columns (section 3.3).
 Legend: W [N, K] weight; H [K, K] = E[x x^T]; Hinv the upper Cholesky factor of H^-1; Err the scaled rounding
-error of a batch of columns.
+error of a batch of columns; C [K, K] = E[(x_original - x) x^T].
+
+Asymmetric calibration (GPTAQ, arXiv 2504.02692): the layer reads x, its original x_original, and what should come
+out is W y with y = x + a (x_original - x), a the strength.
+
+    E||Q x - W y||^2 = tr((Q - W*) H (Q - W*)^T) + const,    W* H = W (H + a C),    W* = W + a W C H^-1
+
+so it is GPTQ of W*, ranges included. The paper corrects inside the loop over columns, where the drift of input k can
+move the columns after k only (its mask M_U); W* lets every column answer to every input, for one product with the
+factor that GPTQ needs anyway. H is damped here too: W* is the ridge solution around W, and directions in which x
+hardly varies leave the weight as it is.
 
 Differs from the paper:
   * act-order with *static groups*: the scales of every group are chosen from the original weights before any
@@ -23,17 +33,20 @@ from torch import Tensor
 
 from compress.config import GptqConfig
 from compress.errors import NumericalError
+from compress.methods.quantease import refine
 from compress.quant import QuantizedWeight, QuantScheme, choose_qparams
 
 
 @dataclass
 class GptqResult:
-    """The quantized weight and how hard it was to get: damping used, times it was raised, dead inputs."""
+    """The quantized weight and how hard it was to get: damping used, times it was raised, dead inputs; with a cross
+    statistic ||W* - W|| / ||W||, how far the weight moved before it was rounded."""
 
     weight: QuantizedWeight
     damping: float
     damping_steps: int
     n_dead: int
+    moved: float | None = None
 
 
 def gptq_quantize(
@@ -42,16 +55,18 @@ def gptq_quantize(
     scheme: QuantScheme,
     config: GptqConfig,
     scale_dtype: torch.dtype = torch.float32,
+    cross: Tensor | None = None,
 ) -> GptqResult:
     """Quantize weight [N, K] given hessian [K, K] (any positive multiple of E[x x^T]).
 
+    cross [K, K], the same multiple of E[(x_original - x) x^T], asks for asymmetric calibration.
     Inputs that are always zero ("dead", diagonal 0) get weight 0: they cannot be seen and would only cost range.
 
     Raises:
         NumericalError: weight or Hessian not finite, or no damping within config makes it positive definite.
         ConfigError: the group size does not divide K.
     """
-    return gptq_quantize_shared([weight], hessian, scheme, config, scale_dtype)[0]
+    return gptq_quantize_shared([weight], hessian, scheme, config, scale_dtype, cross)[0]
 
 
 def gptq_quantize_shared(
@@ -60,44 +75,76 @@ def gptq_quantize_shared(
     scheme: QuantScheme,
     config: GptqConfig,
     scale_dtype: torch.dtype = torch.float32,
+    cross: Tensor | None = None,
 ) -> list[GptqResult]:
     """Quantize weights [N_i, K] that read the same input, with one factorisation and one pass over the columns.
 
     Rows do not see each other, so the codes are those of separate calls. Raises as `gptq_quantize`.
     """
-    if not torch.isfinite(hessian).all():
-        raise NumericalError("the Hessian holds NaN or Inf: activations overflowed; use compute_dtype=float32")
+    for name, value in (("Hessian", hessian), ("cross statistic", cross)):
+        if value is not None and not torch.isfinite(value).all():
+            raise NumericalError(f"the {name} holds NaN or Inf: activations overflowed; use compute_dtype=float32")
     if bool((hessian.diagonal() < 0).any()):
         raise NumericalError("the Hessian has a negative diagonal, which no mean of x x^T has")
     H = hessian.float().clone()
     dead = H.diagonal() == 0
     # the mean of the live ones, so that dead inputs leave the damping as it is
     H.diagonal()[dead] = H.diagonal()[~dead].mean() if not dead.all() else 1.0
-    W = torch.cat([w.float() for w in weights])
-    W[:, dead] = 0
-    sizes = [w.shape[0] for w in weights]
-    qparams = [choose_qparams(part, scheme, H.diagonal(), scale_dtype) for part in W.split(sizes)]
-
-    k = W.shape[1]
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if config.act_order else None
-    columns = torch.arange(k, device=W.device) if order is None else order
-    groups = (columns // (k // scheme.n_groups(k))).tolist()
+    importance = H.diagonal().clone()
+    order = torch.argsort(importance, descending=True, stable=True) if config.act_order else None
     if order is not None:
-        W, H = W[:, order], H[order][:, order]
+        H = H[order][:, order]
     Hinv, damping, steps = _inverse_cholesky(H, config)
     del H
+    W = torch.cat([w.float() for w in weights])
+    sizes = [w.shape[0] for w in weights]
+    moved: list[float | None] = [None] * len(sizes)
+    if cross is not None:
+        step = _drift_correction(W @ cross.float(), Hinv, order).mul_(config.gptaq_strength / float(importance.mean()))
+        moved = [_ratio(s, w) for s, w in zip(step.split(sizes), W.split(sizes), strict=True)]
+        W += step
+    W[:, dead] = 0
+    qparams = [choose_qparams(part, scheme, importance, scale_dtype) for part in W.split(sizes)]
+
+    k = W.shape[1]
+    columns = torch.arange(k, device=W.device) if order is None else order
+    groups = (columns // (k // scheme.n_groups(k))).tolist()
+    targets = W.split(sizes)
+    if order is not None:
+        W = W[:, order]
     scale_t = torch.cat([_by_row(s, n) for (s, _), n in zip(qparams, sizes, strict=True)]).float().t().contiguous()
     zero_t = torch.cat([_by_row(z, n) for (_, z), n in zip(qparams, sizes, strict=True)]).float().t().contiguous()
-    Wt = W.t().contiguous()
+    Wt = W.t().contiguous()  # a copy: the loop consumes it
     del W
     codes = _round_columns(Wt, Hinv, _Grid(scale_t, zero_t, groups, scheme.max_code), config.block_size)
     if order is not None:
         codes = codes[torch.argsort(order)]
     parts = codes.t().split(sizes)
-    return [
-        GptqResult(QuantizedWeight(part.contiguous(), scale, zero, scheme), damping, steps, int(dead.sum()))
+    found = [
+        QuantizedWeight(part.contiguous(), scale, zero, scheme)
         for part, (scale, zero) in zip(parts, qparams, strict=True)
     ]
+    if config.refine_rounds:
+        H = hessian.float().clone()
+        H.diagonal().copy_(importance + damping * importance.mean())  # what the columns were rounded for
+        H /= importance.mean()
+        found = [
+            refine(target, H, q, config.refine_rounds, config.block_size)
+            for target, q in zip(targets, found, strict=True)
+        ]
+    return [GptqResult(q, damping, steps, int(dead.sum()), m) for q, m in zip(found, moved, strict=True)]
+
+
+def _drift_correction(WC: Tensor, Hinv: Tensor, order: Tensor | None) -> Tensor:
+    """W C H^-1 [N, K] from W C [N, K], with H^-1 = Hinv^T Hinv in the order of rounding."""
+    if order is None:
+        return WC @ Hinv.t() @ Hinv
+    return (WC[:, order] @ Hinv.t() @ Hinv)[:, torch.argsort(order)]
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = float(whole.norm())
+    return float(part.norm()) / norm if norm > 0 else 0.0
 
 
 @dataclass

@@ -9,16 +9,44 @@ from torch import Tensor
 
 
 @dataclass
+class CrossStats:
+    """How the inputs of one linear drifted from those of the original model, accumulated over calibration tokens.
+
+    cross: float32 [K, K], the running mean of (x_original - x) x^T, x the quantized model's input of the same token.
+    n_tokens: rows seen.
+    """
+
+    cross: Tensor
+    n_tokens: int = 0
+
+    @classmethod
+    def empty(cls, k: int, device: torch.device) -> CrossStats:
+        return cls(torch.zeros(k, k, dtype=torch.float32, device=device))
+
+    def update(self, original: Tensor, x: Tensor) -> None:
+        """Add inputs [..., K] of any float dtype, row for row of the same token.
+
+        The difference is summed, not the two products: it is small, and would drown in the rounding of theirs.
+        """
+        rows = x.reshape(-1, x.shape[-1]).float()
+        drift = original.reshape(-1, original.shape[-1]).float() - rows
+        total = self.n_tokens + rows.shape[0]
+        self.cross.addmm_(drift.t(), rows, beta=self.n_tokens / total, alpha=1.0 / total)
+        self.n_tokens = total
+
+
+@dataclass
 class InputStats:
     """Second moments of the inputs of one linear, accumulated over calibration tokens.
 
     hessian: float32 [K, K], the running mean of x x^T (the Hessian of the layer's squared output error is
-    twice this). abs_sum: float64 [K], sum of |x|. n_tokens: rows seen.
+    twice this). abs_sum: float64 [K], sum of |x|. n_tokens: rows seen. drift: of the same tokens, where it is wanted.
     """
 
     hessian: Tensor
     abs_sum: Tensor
     n_tokens: int = 0
+    drift: CrossStats | None = None
 
     @classmethod
     def empty(cls, k: int, device: torch.device) -> InputStats:
@@ -37,7 +65,8 @@ class InputStats:
         self.n_tokens = total
 
     def clone(self) -> InputStats:
-        return InputStats(self.hessian.clone(), self.abs_sum.clone(), self.n_tokens)
+        drift = CrossStats(self.drift.cross.clone(), self.drift.n_tokens) if self.drift is not None else None
+        return InputStats(self.hessian.clone(), self.abs_sum.clone(), self.n_tokens, drift)
 
     @property
     def absmean(self) -> Tensor:

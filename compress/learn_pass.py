@@ -1,0 +1,158 @@
+"""Learned rounding on a live block: gradients of the block's output error, through the block's own forward.
+
+The block reads what the quantized blocks before it compute, and is asked for what the original block computes from
+the original's own hidden states, so that it also makes up for errors made before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from compress.config import LearnConfig
+from compress.errors import NumericalError
+from compress.methods.signround import LearnedWeight
+from compress.models import Block, is_transposed
+from compress.quant import QuantizedWeight
+from compress.streams import HiddenStream
+
+
+@dataclass
+class LearnJob:
+    """One quantized block to improve. targets: what each batch of the stream should become, [B, T, H]; weights:
+    float32 [N, K] by linear, what the codes stand for; quantized is replaced by what is learned."""
+
+    block: Block
+    index: int
+    stream: HiddenStream
+    targets: list[Tensor]
+    weights: dict[str, Tensor]
+    quantized: dict[str, QuantizedWeight]
+    config: LearnConfig
+
+
+@dataclass
+class LearnNote:
+    """Mean squared error of the block's output on calibration sequences that were not learned from, relative to what
+    the block adds to its input, before and after; codes that changed; steps made. When it did not fall on those
+    sequences, nothing is changed and `kept` is False."""
+
+    error_before: float
+    error_after: float
+    changed: float
+    steps: int
+    kept: bool
+
+
+def learn_block(job: LearnJob) -> LearnNote:
+    """Improve job.quantized in place.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
+    config, n_batches = job.config, len(job.targets)
+    learned = {
+        name: LearnedWeight(q, job.weights[name], config.pull).to(q.codes.device) for name, q in job.quantized.items()
+    }
+    training, held_out = split_batches(n_batches, config.held_out)
+    size = _added_power(job)
+    before = _held_out_error(job, learned, held_out, size)
+    generator = torch.Generator().manual_seed(job.index)
+    order = _epochs(training, generator)
+    per_step = max(1, round(config.batch_sequences / job.stream.token_batches[0].shape[0]))
+    steps = max(1, round(config.epochs * len(training) / per_step))
+    with torch.enable_grad():
+        for step in range(steps):
+            for _ in range(per_step):
+                loss = _batch_error(job, learned, next(order)) / size
+                if not torch.isfinite(loss):
+                    raise NumericalError(
+                        f"{job.block.name}: learned rounding met a loss of {loss.item()}; use compute_dtype=bfloat16 "
+                        "or float32"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+            left = 1 - step / steps
+            for weight in learned.values():
+                weight.step(config.rate / steps * left, config.gain_rate / steps * left)
+    after = _held_out_error(job, learned, held_out, size)
+    kept = after < before
+    n_changed = n_codes = 0
+    for name, weight in learned.items():
+        result = weight.quantized()
+        n_changed += int((result.codes != job.quantized[name].codes).sum())
+        n_codes += result.codes.numel()
+        if kept:
+            job.quantized[name] = result
+    return LearnNote(before, after, n_changed / n_codes, steps, kept)
+
+
+def split_batches(n_batches: int, share: float) -> tuple[list[int], list[int]]:
+    """Batches to learn from, and the last ones, about `share` of all and at least one, that only judge.
+
+    A single batch does both: what is learned is then judged on what it was learned from.
+    """
+    count = min(max(1, round(n_batches * share)), max(n_batches - 1, 1))
+    batches = list(range(n_batches))
+    return batches[:-count] or batches, batches[-count:]
+
+
+def _epochs(items: list[int], generator: torch.Generator) -> Iterator[int]:
+    while True:
+        for i in torch.randperm(len(items), generator=generator).tolist():
+            yield items[i]
+
+
+def _added_power(job: LearnJob) -> float:
+    """Mean square of what the original block adds to its input, on the first batch: the unit of the error."""
+    target = job.targets[0].float()
+    return float((target - job.stream.hidden[0].float()).square().mean().clamp(min=1e-20))
+
+
+def _batch_error(job: LearnJob, learned: dict[str, LearnedWeight], batch: int) -> Tensor:
+    """Mean squared error of the block's output on one batch."""
+    run = with_weights(job.block, {name: weight() for name, weight in learned.items()})
+    with training_precision(job.stream.device, job.targets[0].dtype):
+        output = job.stream.forward(run, job.index, batch)
+    return (output.float() - job.targets[batch].to(output.device).float()).square().mean()
+
+
+def _held_out_error(job: LearnJob, learned: dict[str, LearnedWeight], batches: list[int], size: float) -> float:
+    with torch.no_grad():
+        errors = [float(_batch_error(job, learned, i)) for i in batches]
+    return sum(errors) / len(errors) / size
+
+
+def with_weights(block: Block, weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """The block's forward with dense weights [N, K] in place of those of its linears, differentiable in them."""
+    placed = {}
+    for name, weight in weights.items():
+        module = block.linears[name]
+        own = module.weight
+        assert isinstance(own, Tensor)
+        value = weight.to(own.dtype)
+        placed[f"{name}.weight"] = value.t() if is_transposed(module) else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(block.module, placed, args, kwargs)
+
+    return run
+
+
+@contextmanager
+def training_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Gradients need no float32 products: bfloat16 where the machine multiplies it fast, the model's dtype elsewhere.
+
+    Signed and normalised steps look at the direction of a gradient, which is noisy anyway; what is saved is computed
+    in full precision.
+    """
+    fast = dtype is torch.float32 and (
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=bool(fast)):
+        yield
