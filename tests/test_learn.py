@@ -35,7 +35,7 @@ from compress.quant import Granularity, QuantizedWeight, QuantScheme
 from compress.tune import FOLDER, TuneNote, tune_model
 
 LEARN = LearnConfig(enabled=True, epochs=2, batch_sequences=4, held_out=0.125)
-LONG = replace(LEARN, epochs=30)
+LONG = replace(LEARN, epochs=16)
 TUNE = TuneConfig(enabled=True, epochs=2, batch_sequences=4, held_out=0.125, scale_rate=5e-3, norm_rate=5e-3)
 SCHEMES = [
     QuantScheme(bits=4, group_size=16),
@@ -199,7 +199,7 @@ def test_learning_lowers_the_error_it_reports(config: QuantConfig, deep_model_di
     for note in notes.values():
         if note["kept"]:
             assert note["error_after"] < note["error_before"]
-        assert note["steps"] == 210 and 0 <= note["changed"] < 1
+        assert note["steps"] == 112 and 0 <= note["changed"] < 1
     assert any(note["kept"] and note["changed"] > 0 for note in notes.values())
     original = load_dense(load_model(str(deep_model_dir)), torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -311,11 +311,11 @@ def test_recomputed_activations_change_nothing(
     assert tensors_of(tmp_path / "kept" / FOLDER) == tensors_of(tmp_path / "recomputed" / FOLDER)
 
 
-@pytest.mark.parametrize("transform", [Transform.none, Transform.awq])
-def test_the_whole_pipeline_learns_and_tunes(transform: Transform, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Oracles: verify's fresh process, and the artifact as loaded against the logits that tuning left."""
+def test_the_whole_pipeline_learns_and_tunes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Oracles: verify's fresh process, and the artifact as loaded against the logits that tuning left; AWQ's folded
+    norms are tuned with the others."""
     quant = QuantConfig(
-        transform, Rounding.gptq, SchemeConfig(bits=3, group_size=32), learn=LEARN, tune=replace(TUNE, held_out=0.3)
+        Transform.awq, Rounding.gptq, SchemeConfig(bits=3, group_size=32), learn=LEARN, tune=replace(TUNE, held_out=0.3)
     )
     record = run_pipeline(tiny_config(tiny_model_dir, tmp_path, quant=quant))
     assert record["verified"] and record["verify"]["relative_error"] < 1e-5
