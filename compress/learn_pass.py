@@ -151,8 +151,9 @@ def training_precision(device: torch.device, dtype: torch.dtype) -> Iterator[Non
     Signed and normalised steps look at the direction of a gradient, which is noisy anyway; what is saved is computed
     in full precision.
     """
-    fast = dtype is torch.float32 and (
-        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    with torch.autocast(device.type, torch.bfloat16, enabled=bool(fast)):
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast and dtype is torch.float32):
         yield
