@@ -1,8 +1,8 @@
 """The block-by-block engine: stream weights in, quantize, checkpoint, pass quantized activations on.
 
 Device memory holds one block, the statistics of one group of linears and a batch of activations; quantized
-blocks go to disk as they are finished. This module and `awq_pass` are the only ones that change a model's
-weights.
+blocks go to disk as they are finished. Weights change here and in `awq_pass` and `learn_pass`, which this module calls;
+before it in `rotation`, on their way from the source, and after it in `tune`.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ quantized has a KL of 0.0319 on WikiText-2's test text; allocations of 3.5 bits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ from compress.methods.rtn import rtn_quantize
 from compress.methods.stats import InputStats
 from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
 from compress.quant import QuantScheme
-from compress.streams import HiddenStream, open_stream
+from compress.streams import HiddenStream, open_stream, replaced_forwards
 
 # Sequences that second moments are taken from: a Hessian needs a few tokens for each input, not all there are.
 HESSIAN_SEQUENCES = 32
@@ -247,23 +247,15 @@ class MeasuredKl:
             logits = self.dense.model(self.batches[batch], use_cache=False).logits
         return torch.log_softmax(logits.float(), -1)
 
-    @contextmanager
-    def _entered(self, hidden: list[Tensor], start: int) -> Iterator[None]:
-        def stub_for(index: int) -> Callable[..., Any]:
+    def _entered(self, hidden: list[Tensor], start: int) -> AbstractContextManager[None]:
+        def passed_over(index: int, _: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 value = hidden[index + 1].clone()
                 return (value,) if self.tuples[index] else value
 
             return forward
 
-        skipped = self.dense.blocks[:start]
-        for index, block in enumerate(skipped):
-            block.module.forward = stub_for(index)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for block in skipped:
-                del block.module.forward
+        return replaced_forwards(self.dense.blocks[:start], passed_over)
 
 
 class EstimatedKl:
