@@ -1,0 +1,65 @@
+"""What the Hopper kernels share: programmatic dependent launch and the dequantization of a slice of words.
+
+Gluon is Triton's lower level: layouts, shared memory and asynchronous copies are spelled out. It has no interpreter, so
+these kernels are tested on a GPU, and the plain Triton kernel of `w4a16` computes everywhere else.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+
+@gluon.jit
+def pdl_launch_next():  # type: ignore[no-untyped-def]
+    """Let the next kernel of the stream start; it waits in `pdl_wait` before it touches what this one writes."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pdl_wait():  # type: ignore[no-untyped-def]
+    """Wait until the kernel before this one is complete and its writes are visible."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def slice_weights(words, minus_base, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Nibble p of int16 words minus the zero point: exact small integers in DTYPE (float16 or bfloat16).
+
+    One lop3 makes two nibbles the low mantissa bits of 1024 (float16) or 128 (bfloat16); minus_base = -(that + zero)
+    is added, exactly. minus_base broadcasts against words.
+    """
+    half: gl.constexpr = DTYPE == gl.float16
+    bits: gl.constexpr = "4; " if p == 1 else ("8; " if p == 2 else "12; ")
+    shift: gl.constexpr = "" if p == 0 else "shr.b32 t, t, " + bits
+    unbias: gl.constexpr = (
+        "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; add.rn.f16x2 $0, t, $2;}"
+        if half
+        else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, t, one, $2;}"
+    )
+    asm: gl.constexpr = "{.reg .b32 t, one; mov.b32 t, $1; " + shift + unbias
+    # `dtype` must be a literal: the call does not unwrap a constexpr
+    if half:
+        w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.float16, is_pure=True, pack=2)
+    else:
+        w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.bfloat16, is_pure=True, pack=2)
+    return w
+
+
+@gluon.jit
+def load_row(ptr, g, n, N, EVEN_N: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Row g of a [G, N] array at columns n; zero beyond N."""
+    at = ptr + g.to(gl.int64) * N + n
+    if EVEN_N:
+        return gl.load(at, eviction_policy="evict_last")
+    return gl.load(at, mask=n < N, other=0, eviction_policy="evict_last")
+
+
+@gluon.jit
+def scale_group(t, s: gl.constexpr, tiles, K, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale group of part s of tile t (parts are groups below 128). Beyond the end, where x is zero, any will do."""
+    if GROUP >= 128:
+        return gl.minimum(t, tiles - 1) // (GROUP // 128)
+    return gl.minimum(t * (128 // GROUP) + s, (K - 1) // GROUP)

@@ -1,0 +1,255 @@
+"""W4A16 with warpgroup MMAs on Hopper, from M = 17 to prefill: the dequantized weight never leaves the registers.
+
+The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M tokens:
+
+    words [BLOCK_N, 32] --bulk copy--> shared --ldmatrix--> registers --lop3, add, mul--> left operand  \\
+                                                                                           wgmma += [BLOCK_N, BLOCK_M]
+    x [BLOCK_M, 2 x 64] --bulk copy--> shared (128-byte swizzle) ------------------------> right operand /
+
+A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's operand is
+dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
+
+    MMA            | low t        | high t       | low t+1      | ...
+    dequantize     | high t       | low t+1      | high t+1     |
+
+Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, the product with the scale is rounded once.
+That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
+registers. With SPLIT > 1, programs of the same tile write float32 partial sums, and the last to arrive (a counter that it
+resets) adds them in order: one launch, the same bits every run. y leaves through shared memory as whole lines.
+
+Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
+from compress.kernels.w4a16 import KernelWeight
+
+MAX_COUNTERS = 4096
+_COUNTER_SLOTS = 64
+_counters: dict[int, Tensor] = {}
+_slots: dict[tuple[int, int], int] = {}
+
+
+@dataclass(frozen=True)
+class TiledConfig:
+    """Tile sizes of one launch; split programs share a tile's K."""
+
+    block_m: int
+    block_n: int
+    split_k: int
+    warps: int
+    stages: int
+
+
+@gluon.jit
+def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
+             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Scale and -(base + zero) of tile t, four each (one a slice): [BLOCK_N] in DTYPE."""
+    base: gl.constexpr = 1024.0 if DTYPE == gl.float16 else 128.0
+    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    scales = ()
+    minus_base = ()
+    for s in gl.static_range(PARTS):
+        g = scale_group(t, s, tiles, K, GROUP)
+        scale = load_row(scale_ptr, g, rn, N, EVEN_N).to(DTYPE)
+        if HAS_ZERO:
+            minus = (-base - load_row(zero_ptr, g, rn, N, EVEN_N).to(gl.float32)).to(DTYPE)
+        else:
+            minus = scale  # not read
+        for _ in gl.static_range(4 // PARTS):
+            scales = scales + (scale,)
+            minus_base = minus_base + (minus,)
+    return scales, minus_base
+
+
+@gluon.jit
+def _half_tile(words, scales, minus_base, h: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+               BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand."""
+    base: gl.constexpr = 1024.0 if DTYPE == gl.float16 else 128.0
+    halves = ()
+    for p in gl.static_range(2 * h, 2 * h + 2):
+        if HAS_ZERO:
+            minus = gl.expand_dims(minus_base[p], 1)
+        else:
+            minus = gl.full((1, 1), -base - 8.0, gl.float32, A).to(DTYPE)
+        halves = halves + (slice_weights(words, minus, p, DTYPE) * gl.expand_dims(scales[p], 1),)
+    w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
+    return gl.convert_layout(w, A, assert_trivial=True)
+
+
+@gluon.jit
+def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, live,
+                WORDS: gl.constexpr, X: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both."""
+    if WORDS:
+        mbarrier.expect(ready.index(stage), BYTES, pred=live)
+        tma.async_copy_global_to_shared(
+            words_desc, [t * N + n0, 0], ready.index(stage), words_smem.index(stage), pred=live
+        )
+    if X:
+        for h in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
+            )
+
+
+@gluon.jit(do_not_specialize=["M", "tiles", "per_split"])
+def _tiled_kernel(  # type: ignore[no-untyped-def]
+    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, counter_ptr, M, N, K, tiles, per_split,
+    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
+    PDL: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_N, BLOCK_M] tile of y^T over one split of K; see the module docstring."""
+    dtype: gl.constexpr = x_desc.dtype
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
+
+    pid = gl.program_id(0)
+    split = gl.program_id(1)
+    # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
+    m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    first_n = pid // (GROUP_N * m_tiles) * GROUP_N
+    width = gl.minimum(n_tiles - first_n, GROUP_N)
+    within = pid % (GROUP_N * m_tiles)
+    n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
+    first = split * per_split
+    last = gl.minimum(first + per_split, tiles)
+
+    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], words_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    for i in gl.static_range(STAGES):
+        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                    True, False, BYTES)  # fmt: skip
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
+    scales, minus_base = _columns(scale_ptr, zero_ptr, first, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
+    if PDL:
+        pdl_launch_next()
+        pdl_wait()
+    for i in gl.static_range(STAGES):
+        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                    False, True, BYTES)  # fmt: skip
+
+    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
+    mbarrier.wait(ready.index(0), 0)
+    words = words_smem.index(0).load(A)
+    low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
+    stage = 0
+    phase = 0
+    for t in range(first, last):
+        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+        coming, coming_base = _columns(
+            scale_ptr, zero_ptr, t + 1, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
+        )
+        high = _half_tile(words, scales, minus_base, 1, HAS_ZERO, dtype, BLOCK_N, A)
+        # all but `low` is done, so the stage of the tile before is free
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        behind = stage - 1
+        if behind < 0:
+            behind = STAGES - 1
+        gl.thread_barrier()
+        ahead = t - 1 + STAGES
+        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
+                    (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
+        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+        scales = coming
+        minus_base = coming_base
+        mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
+        words = words_smem.index(stage).load(A)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+
+    out_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    if SPLIT > 1:
+        tile = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+        at = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), 1) * BLOCK_M
+        at = at + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        gl.store(tile + split * (BLOCK_N * BLOCK_M) + at, acc)
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counter_ptr + pid, 1, sem="acq_rel", scope="gpu")
+        if arrived != SPLIT - 1:
+            return
+        acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
+        for s in gl.static_range(SPLIT):
+            acc += gl.load(tile + s * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
+        gl.store(counter_ptr + pid, 0)
+    if HAS_BIAS:
+        acc += gl.expand_dims(gl.load(bias_ptr + out_n, mask=out_n < N, other=0).to(gl.float32), 1)
+    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
+    tma.store_wait(0)
+
+
+def counters(device: torch.device) -> Tensor:
+    """int32 [MAX_COUNTERS] zeros for the current stream: kernels of one stream follow each other, and each leaves
+    zeros. Taken from a block made when the first weight is packed, so that a CUDA graph capture allocates nothing.
+
+    Raises:
+        RuntimeError: more than 64 streams have launched split matmuls on the device.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _counters:
+        _counters[index] = torch.zeros(_COUNTER_SLOTS, MAX_COUNTERS, dtype=torch.int32, device=device)
+    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    slot = _slots.setdefault(key, sum(i == index for i, _ in _slots))
+    if slot >= _COUNTER_SLOTS:
+        raise RuntimeError(f"split matmuls were launched from more than {_COUNTER_SLOTS} streams of {device}")
+    return _counters[index][slot]
+
+
+def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
+    """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
+    m, k, n = x.shape[0], weight.k, weight.n
+    tiles = weight.words.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    per_split = -(-tiles // config.split_k)
+    split = -(-tiles // per_split)
+    programs = -(-n // config.block_n) * -(-m // config.block_m)
+    workspace = counter = None
+    if split > 1:
+        workspace = torch.empty(
+            programs * split * config.block_n * config.block_m, dtype=torch.float32, device=x.device
+        )
+        counter = counters(x.device)
+    wide = gl.NVMMASharedLayout(128, 16, 2)
+    x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
+    out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
+    words_desc = TensorDescriptor(
+        weight.words, [tiles * n, 32], [32, 1], [config.block_n, 32], gl.NVMMASharedLayout(64, 16, 2)
+    )
+    _tiled_kernel[(programs, split)](
+        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, counter, m, n, k, tiles, per_split,
+        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
+        EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
+        SPLIT=split, GROUP_N=8, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return y
