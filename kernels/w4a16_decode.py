@@ -9,10 +9,10 @@ split K, tile by tile, so that small weights fill the machine without a second k
           +----+----+----+----+----+----+----+----+
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
-Tiles and x arrive by bulk tensor copies, STAGES ahead. All of a stage is in order for 16-byte shared loads: a thread's
-8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the right one, so
-nothing is shuffled. The weight's copies are started before the wait for the previous kernel (programmatic dependent
-launch): weights do not depend on it.
+Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, a step ahead.
+A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the
+right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel (programmatic
+dependent launch): weights do not depend on it.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K a multiple of 128 and N of 8.
 """
@@ -43,24 +43,37 @@ class DecodeConfig:
 
 
 @gluon.constexpr_function
-def _thread_layout(warps, rows, slices):  # type: ignore[no-untyped-def]
-    """[warps, rows, 32] (or [warps, 4, rows, 32]): lane 4 r + q holds elements 8 q .. 8 q + 7 of rows r, r + 8, ..."""
-    middle = [0] if slices else []
-    reg = [[0, *middle, 0, 1], [0, *middle, 0, 2], [0, *middle, 0, 4]]
-    if slices:
-        reg += [[0, 1, 0, 0], [0, 2, 0, 0]]
+def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
+    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q holds words 8 q .. 8 q + 7 of rows r, r + 8 .."""
+    reg = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     row = 8
     while row < rows:
-        reg.append([0, *middle, row, 0])
+        reg.append([0, row // 2, 0])
         row *= 2
-    lane = [[0, *middle, 0, 8], [0, *middle, 0, 16], *([0, *middle, r, 0] for r in (1, 2, 4))]
-    warp = []
+    lane = [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0]]
+    return gl.DistributedLinearLayout(reg, lane, _warp_bases(warps, 3), [], [warps, rows // 2, 64])
+
+
+@gluon.constexpr_function
+def _x_layout(warps, tokens):  # type: ignore[no-untyped-def]
+    """[warps, 4, tokens, 32]: lane 4 r + q holds inputs 8 q .. 8 q + 7 of the four slices, tokens r and r + 8."""
+    reg = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 1, 0, 0], [0, 2, 0, 0]]
+    row = 8
+    while row < tokens:
+        reg.append([0, 0, row, 0])
+        row *= 2
+    lane = [[0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    return gl.DistributedLinearLayout(reg, lane, _warp_bases(warps, 4), [], [warps, 4, tokens, 32])
+
+
+@gluon.constexpr_function
+def _warp_bases(warps, rank):  # type: ignore[no-untyped-def]
+    bases = []
     w = 1
     while w < warps:
-        warp.append([w, *middle, 0, 0])
+        bases.append([w] + [0] * (rank - 1))
         w *= 2
-    shape = [warps, 4, rows, 32] if slices else [warps, rows, 32]
-    return gl.DistributedLinearLayout(reg, lane, warp, [], shape)
+    return bases
 
 
 @gluon.jit
@@ -73,27 +86,39 @@ def _split_slices(x, WARPS: gl.constexpr, BLOCK_M: gl.constexpr):  # type: ignor
     return x0, x1, x2, x3
 
 
+@gluon.jit
+def _load_x(x_at, x_tile, t, tiles):  # type: ignore[no-untyped-def]
+    """x of tiles t + warp, clamped to the last one: beyond it scales are zero."""
+    return gl.load(x_at + gl.minimum(x_tile + t, tiles - 1) * 128, eviction_policy="evict_last")
+
+
+@gluon.jit
+def _load_scale(scale_ptr, s_tile, s_n, t, s: gl.constexpr, N, K, tiles, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales [WARPS, BLOCK_N] of part s of tiles t + warp; zero beyond the last tile or row."""
+    at = scale_ptr + scale_group(t + s_tile, s, tiles, K, GROUP).to(gl.int64) * N + s_n
+    return gl.load(at, mask=(t + s_tile < tiles) & (s_n < N), other=0, eviction_policy="evict_last")
+
+
 @gluon.jit(do_not_specialize=["M", "tiles"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles,
+    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
-    dtype: gl.constexpr = x_desc.dtype
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
     base: gl.constexpr = 1024.0 if dtype == gl.float16 else 128.0
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    WORDS: gl.constexpr = _thread_layout(WARPS, BLOCK_N, False)
-    X: gl.constexpr = _thread_layout(WARPS, BLOCK_M, True)
+    PAIRS: gl.constexpr = _words_layout(WARPS, BLOCK_N)
+    X: gl.constexpr = _x_layout(WARPS, BLOCK_M)
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP  # scale groups a tile
     SLICES: gl.constexpr = 4 // PARTS
-    BYTES: gl.constexpr = WARPS * (BLOCK_N * 64 + BLOCK_M * 256)
+    BYTES: gl.constexpr = WARPS * BLOCK_N * 64
 
     n0 = gl.program_id(0) * BLOCK_N
-    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, BLOCK_N, 32], words_desc.layout)
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES, WARPS, 4, BLOCK_M, 32], x_desc.layout)
+    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, BLOCK_N // 2, 64], words_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
@@ -102,62 +127,77 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     for i in gl.static_range(STAGES):
         mbarrier.expect(ready.index(i), BYTES, pred=i < steps)
         tma.async_copy_global_to_shared(
-            words_desc, [i * WARPS, n0, 0], ready.index(i), words_smem.index(i), pred=i < steps
+            words_desc, [i * WARPS, n0 // 2, 0], ready.index(i), words_smem.index(i), pred=i < steps
         )
 
     # [WARPS, BLOCK_N]: scales in the accumulator's rows, zeros in the words'
+    A_ROWS: gl.constexpr = gl.SliceLayout(2, A)
     S_ROWS: gl.constexpr = gl.SliceLayout(2, MMA)
-    Z_ROWS: gl.constexpr = gl.SliceLayout(2, WORDS)
     s_tile = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, S_ROWS)), 1)
     s_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_ROWS)), 0)
-    z_tile = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, Z_ROWS)), 1)
-    z_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, Z_ROWS)), 0)
+    z_tile = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, A_ROWS)), 1)
+    z_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, A_ROWS)), 0)
     scales = ()
-    for s in gl.static_range(PARTS):
-        scales = scales + (load_row(scale_ptr, scale_group(s_tile, s, tiles, K, GROUP), s_n, N, EVEN_N),)
+    for i in gl.static_range(STAGES):
+        for s in gl.static_range(PARTS):
+            scales = scales + (_load_scale(scale_ptr, s_tile, s_n, i * WARPS, s, N, K, tiles, GROUP),)
+
+    # tokens beyond M repeat the last one: their columns of y are not stored
+    X3: gl.constexpr = gl.SliceLayout(3, X)
+    x_tile = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, X3)))
+    x_tile = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_tile, 1), 2), 3)
+    x_slice = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X3)))
+    x_slice = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_slice, 0), 2), 3)
+    x_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, X3)))
+    x_m = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_m, 0), 1), 3)
+    x_k = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
+    x_k = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_k, 0), 1), 2)
+    x_at = x_ptr + gl.minimum(x_m, M - 1) * K + (x_slice * 32 + x_k)
 
     if PDL:
         pdl_launch_next()
         pdl_wait()
+    xs = ()
     for i in gl.static_range(STAGES):
-        tma.async_copy_global_to_shared(x_desc, [i * WARPS, 0, 0, 0], ready.index(i), x_smem.index(i), pred=i < steps)
+        xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
 
     acc = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
-    stage = 0
     phase = 0
-    for step in range(0, steps):
-        t = step * WARPS
-        coming = ()
-        for s in gl.static_range(PARTS):
-            g = scale_group(t + WARPS + s_tile, s, tiles, K, GROUP)
-            coming = coming + (load_row(scale_ptr, g, s_n, N, EVEN_N),)
-        minus_base = ()
-        for s in gl.static_range(PARTS):
-            if HAS_ZERO:
-                zero = load_row(zero_ptr, scale_group(t + z_tile, s, tiles, K, GROUP), z_n, N, EVEN_N)
-                minus_base = minus_base + (gl.expand_dims((-base - zero.to(gl.float32)).to(dtype), 2),)
-            else:
-                minus_base = minus_base + (gl.full((1, 1, 1), -base - 8.0, gl.float32, WORDS).to(dtype),)
-        mbarrier.wait(ready.index(stage), phase)
-        words = words_smem.index(stage).load(WORDS)
-        x = _split_slices(x_smem.index(stage).load(X), WARPS, BLOCK_M)
-        for s in gl.static_range(PARTS):
-            part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
-            for p in gl.static_range(s * SLICES, s * SLICES + SLICES):
-                w = gl.convert_layout(slice_weights(words, minus_base[s], p, dtype), A, assert_trivial=True)
-                part = mma_v2(w, gl.convert_layout(x[p].permute(0, 2, 1), B, assert_trivial=True), part)
-            acc += part * gl.expand_dims(scales[s].to(gl.float32), 2)
-        scales = coming
-        if step + STAGES < steps:
-            gl.thread_barrier()  # every warp has read the stage
+    for step in range(0, steps, STAGES):
+        next_xs = ()
+        next_scales = ()
+        for i in gl.static_range(STAGES):
+            t = (step + i) * WARPS
             ahead = t + STAGES * WARPS
-            mbarrier.expect(ready.index(stage), BYTES)
-            tma.async_copy_global_to_shared(words_desc, [ahead, n0, 0], ready.index(stage), words_smem.index(stage))
-            tma.async_copy_global_to_shared(x_desc, [ahead, 0, 0, 0], ready.index(stage), x_smem.index(stage))
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
+            minus_base = ()
+            for s in gl.static_range(PARTS):
+                if HAS_ZERO:
+                    zero = load_row(zero_ptr, scale_group(t + z_tile, s, tiles, K, GROUP), z_n, N, EVEN_N)
+                    minus_base = minus_base + (gl.expand_dims((-base - zero.to(gl.float32)).to(dtype), 2),)
+                else:
+                    minus_base = minus_base + (gl.full((1, 1, 1), -base - 8.0, gl.float32, A).to(dtype),)
+            # beyond the last step scales are zero, and whatever the stage holds counts for nothing
+            mbarrier.wait(ready.index(i), phase, pred=step + i < steps)
+            words = words_smem.index(i).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32]).reshape([WARPS, BLOCK_N, 32])
+            words = gl.convert_layout(words, A, assert_trivial=True)
+            x = _split_slices(xs[i], WARPS, BLOCK_M)
+            for s in gl.static_range(PARTS):
+                part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
+                for p in gl.static_range(s * SLICES, s * SLICES + SLICES):
+                    w = slice_weights(words, minus_base[s], p, dtype)
+                    part = mma_v2(w, gl.convert_layout(x[p].permute(0, 2, 1), B, assert_trivial=True), part)
+                acc += part * gl.expand_dims(scales[i * PARTS + s].to(gl.float32), 2)
+            # the same slots for STAGES steps on: asked for here, in flight until their turn
+            next_xs = next_xs + (_load_x(x_at, x_tile, ahead, tiles),)
+            for s in gl.static_range(PARTS):
+                next_scales = next_scales + (_load_scale(scale_ptr, s_tile, s_n, ahead, s, N, K, tiles, GROUP),)
+            if step + i + STAGES < steps:
+                gl.thread_barrier()  # every warp has read the stage
+                mbarrier.expect(ready.index(i), BYTES)
+                tma.async_copy_global_to_shared(words_desc, [ahead, n0 // 2, 0], ready.index(i), words_smem.index(i))
+        xs = next_xs
+        scales = next_scales
+        phase = phase ^ 1
 
     y = gl.sum(acc, axis=0)
     OUT: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -174,15 +214,12 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeC
     m, k, n = x.shape[0], weight.k, weight.n
     tiles = weight.words.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    x_desc = TensorDescriptor(
-        x, [tiles, 4, m, 32], [128, 32, k, 1], [config.warps, 4, config.block_m, 32], gl.NVMMASharedLayout(64, 16, 4)
-    )
     words_desc = TensorDescriptor(
-        weight.words, [tiles, n, 32], [32 * n, 32, 1], [config.warps, config.block_n, 32],
-        gl.NVMMASharedLayout(64, 16, 3),
+        weight.words, [tiles, n // 2, 64], [32 * n, 64, 1], [config.warps, config.block_n // 2, 64],
+        gl.NVMMASharedLayout(128, 16, 3),
     )  # fmt: skip
     _decode_kernel[(-(-n // config.block_n),)](
-        x_desc, words_desc, weight.scale, weight.zero, bias, y, m, n, k, tiles,
+        x, words_desc, weight.scale, weight.zero, bias, y, m, n, k, tiles,
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
         PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,

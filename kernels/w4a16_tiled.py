@@ -25,7 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -55,6 +57,32 @@ class TiledConfig:
     split_k: int
     warps: int
     stages: int
+    reduce: int = 1
+    direct: bool = False
+
+
+@gluon.constexpr_function
+def _words_layout(rows, warps):  # type: ignore[no-untyped-def]
+    """[rows / 2, 64] int16, two rows of W side by side, held as the left operand of wgmma holds [rows, 32]: lane 4 r + q
+    of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
+    reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
+    row = 16 * warps
+    while row < rows:
+        reg.append([row // 2, 0])
+        row *= 2
+    lane = [[0, 2], [0, 4], [0, 32], [1, 0], [2, 0]]
+    warp = []
+    w = 1
+    while w < warps:
+        warp.append([8 * w, 0])
+        w *= 2
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [rows // 2, 64])
+
+
+@gluon.jit
+def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    words = smem.load(_words_layout(BLOCK_N, WARPS)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
+    return gl.convert_layout(words, A, assert_trivial=True)
 
 
 @gluon.jit
@@ -101,7 +129,7 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
     if WORDS:
         mbarrier.expect(ready.index(stage), BYTES, pred=live)
         tma.async_copy_global_to_shared(
-            words_desc, [t * N + n0, 0], ready.index(stage), words_smem.index(stage), pred=live
+            words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage), pred=live
         )
     if X:
         for h in gl.static_range(2):
@@ -112,10 +140,10 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
 
 @gluon.jit(do_not_specialize=["M", "tiles", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, counter_ptr, M, N, K, tiles, per_split,
+    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, counter_ptr, M, N, K, tiles, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    PDL: gl.constexpr, WARPS: gl.constexpr,
+    REDUCE: gl.constexpr, DIRECT: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T over one split of K; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
@@ -134,7 +162,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     first = split * per_split
     last = gl.minimum(first + per_split, tiles)
 
-    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], words_desc.layout)
+    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -154,8 +182,9 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     mbarrier.wait(ready.index(0), 0)
-    words = words_smem.index(0).load(A)
+    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, A)
     low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
+    high = low
     stage = 0
     phase = 0
     for t in range(first, last):
@@ -163,9 +192,10 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         coming, coming_base = _columns(
             scale_ptr, zero_ptr, t + 1, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
         )
+        # all but `low` is done: the registers of the last `high` may be written again, and its stage be filled. A wgmma
+        # reads its registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
         high = _half_tile(words, scales, minus_base, 1, HAS_ZERO, dtype, BLOCK_N, A)
-        # all but `low` is done, so the stage of the tile before is free
-        acc = warpgroup_mma_wait(1, deps=(acc,))
         behind = stage - 1
         if behind < 0:
             behind = STAGES - 1
@@ -181,13 +211,20 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         scales = coming
         minus_base = coming_base
         mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
-        words = words_smem.index(stage).load(A)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, A)
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
         low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc, high = warpgroup_mma_wait(0, deps=(acc, high))
 
     out_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    if SPLIT > 1:
+    if REDUCE == 2:
+        # [SPLIT, M, N], summed by the next kernel
+        rm = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        rn2 = gl.expand_dims(out_n, 1)
+        at = (gl.to_tensor(split).to(gl.int64) * M + rm) * N + rn2
+        gl.store(workspace_ptr + at, acc, mask=(rm < M) & (rn2 < N))
+        return
+    if REDUCE == 1:
         tile = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
         at = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), 1) * BLOCK_M
         at = at + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
@@ -202,11 +239,30 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         gl.store(counter_ptr + pid, 0)
     if HAS_BIAS:
         acc += gl.expand_dims(gl.load(bias_ptr + out_n, mask=out_n < N, other=0).to(gl.float32), 1)
-    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
-    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
-    tma.store_wait(0)
+    if DIRECT:
+        rm = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        rn2 = gl.expand_dims(out_n, 1)
+        gl.store(out_ptr + rm.to(gl.int64) * N + rn2, acc.to(out_desc.dtype), mask=(rm < M) & (rn2 < N))
+    else:
+        y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+        y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
+        tma.store_wait(0)
+
+
+@triton.jit
+def _sum_kernel(partial_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(partial_ptr + (tl.zeros((), tl.int64) + size) * s + i, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def counters(device: torch.device) -> Tensor:
@@ -237,19 +293,24 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
     workspace = counter = None
     if split > 1:
         workspace = torch.empty(
-            programs * split * config.block_n * config.block_m, dtype=torch.float32, device=x.device
-        )
+            split * (m * n if config.reduce == 2 else programs * config.block_n * config.block_m),
+            dtype=torch.float32, device=x.device,
+        )  # fmt: skip
         counter = counters(x.device)
     wide = gl.NVMMASharedLayout(128, 16, 2)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     words_desc = TensorDescriptor(
-        weight.words, [tiles * n, 32], [32, 1], [config.block_n, 32], gl.NVMMASharedLayout(64, 16, 2)
+        weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide
     )
     _tiled_kernel[(programs, split)](
-        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, counter, m, n, k, tiles, per_split,
-        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
+        x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias if config.reduce != 2 or split == 1 else None, workspace, counter, m, n, k, tiles, per_split,
+        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None and (config.reduce != 2 or split == 1),
         EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-        SPLIT=split, GROUP_N=8, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+        SPLIT=split, GROUP_N=8, REDUCE=config.reduce if split > 1 else 0, DIRECT=config.direct, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
+    if split > 1 and config.reduce == 2:
+        _sum_kernel[(-(-y.numel() // 1024),)](
+            workspace, bias, y, y.numel(), n, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024, num_warps=8, launch_pdl=pdl
+        )
     return y
