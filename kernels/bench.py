@@ -8,7 +8,7 @@ very graph that was timed, filled with NaN and replayed once more on activations
 rows of NaN. An error above 0.01 is reported as wrong and has no time.
 
 Contenders on a GPU: cuBLAS in --dtype (the baseline, timed again when a shape is done; its drift is printed), torch's
-tinygemm, this project ("ours" is what a QuantLinear with backend=auto runs; below it the two paths it chooses from),
+tinygemm, this project ("ours" is what a QuantLinear with backend=auto runs; --paths adds the two that it chooses from),
 and gemlite and Humming where installed (`compress.kernels.peers`; pip install 'compress-llm[peers]'). A peer that is
 absent or raises is named, and the rest goes on. The roofline is max(bytes / copy bandwidth, flops / matmul rate), bytes
 being 4-bit codes, scales, x and y once, both ceilings measured in the same run.
@@ -68,7 +68,7 @@ class Trial:
         return self.problem is None and self.error < MAX_ERROR
 
     def cell(self) -> dict[str, Any]:
-        error = self.error if math.isfinite(self.error) else None
+        error = self.error if self.problem is None and math.isfinite(self.error) else None
         return {"variant": self.variant, "error": error, "us": None, "problem": self.problem} | self.times
 
 
@@ -194,7 +194,7 @@ def contenders_of(
 ) -> dict[str, Contender]:
     if args.device == "cpu":
         return contenders.cpu_contenders(p, args.dtype)
-    rows = contenders.gpu_contenders(p, args.dtype)
+    rows = contenders.gpu_contenders(p, args.dtype, args.paths)
     for name, peer in built.items():
         try:
             rows[f"{name} {str(args.dtype).removeprefix('torch.')}"] = peer.contender(p, args.dtype, args.ms)
@@ -246,6 +246,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ms", help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
+    parser.add_argument("--paths", action="store_true", help='also time both paths behind "ours" at every M')
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of timing for a cell on a CPU")
     parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>.json and .md")
     parser.add_argument("--roofline", type=Path, help="plot of rates against arithmetic intensity: .html, .png or .svg")

@@ -56,8 +56,8 @@ def auto_linear(x: Tensor, weight: Any) -> Tensor:
     return F.linear(x, dequant.dense(weight, x.dtype))
 
 
-def gpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
-    """cuBLAS first: it is the baseline."""
+def gpu_contenders(p: Problem, dtype: torch.dtype, paths: bool = False) -> dict[str, Contender]:
+    """cuBLAS first: it is the baseline. paths: also the two that "ours" chooses from, each at every M."""
     from compress.kernels import dequant, w4a16
 
     name, bits = str(dtype).removeprefix("torch."), quantized_bits(p)
@@ -65,7 +65,7 @@ def gpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
     pairs = (p.codes[:, 0::2] << 4 | p.codes[:, 1::2]).contiguous()
     tiny = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
     scale_zero = torch.stack([p.scale.t(), torch.zeros_like(p.scale.t())], dim=-1).to(torch.bfloat16).contiguous()
-    return {
+    rows = {
         f"cuBLAS {name}": Contender.of(
             dtype, timing.rotating_copies((p.dense(dtype),)), lambda w, x: F.linear(x, w[0]), "dense", 16
         ),
@@ -77,11 +77,15 @@ def gpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
             bits,
         ),
         f"ours {name}": Contender.of(dtype, copies, lambda w, x: auto_linear(x, w), "ours", bits),
-        f"  fused kernel {name}": Contender.of(dtype, copies, lambda w, x: w4a16.matmul(x, w), "path", bits),
-        f"  dequant + cuBLAS {name}": Contender.of(
-            dtype, copies, lambda w, x: F.linear(x, dequant.dense(w, x.dtype)), "path", bits
-        ),
     }
+    if paths:
+        rows |= {
+            f"  fused kernel {name}": Contender.of(dtype, copies, lambda w, x: w4a16.matmul(x, w), "path", bits),
+            f"  dequant + cuBLAS {name}": Contender.of(
+                dtype, copies, lambda w, x: F.linear(x, dequant.dense(w, x.dtype)), "path", bits
+            ),
+        }
+    return rows
 
 
 def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:

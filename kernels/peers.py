@@ -8,6 +8,8 @@ whose calls these are; another version is used too, and its number is in the rec
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,13 +123,25 @@ def _ratio(a: int, b: int) -> float:
 
 
 class Humming:
-    """humming-kernels with the tiles that its heuristics choose for each M; the kernels compile at the first call."""
+    """humming-kernels with the tiles that its heuristics choose for each M; the kernels compile at the first call.
+
+    With nvcc where there is one: NVRTC, its default, needs headers that not every machine has.
+    """
 
     def __init__(self) -> None:
-        from humming.forward import humming_forward  # type: ignore[import-not-found]
-        from humming.layer import HummingLayer  # type: ignore[import-not-found]
-        from humming.tune import get_heuristics_config  # type: ignore[import-not-found]
-
+        if shutil.which("nvcc"):
+            os.environ.setdefault("HUMMING_COMPILER", "nvcc")
+        no_builders = "HUMMING_DISABLE_PARALLEL_BUILD"  # its import starts processes that would run beside the timing
+        set_before = os.environ.get(no_builders)
+        os.environ[no_builders] = "1"
+        try:
+            from humming.forward import humming_forward  # type: ignore[import-not-found]
+            from humming.layer import HummingLayer  # type: ignore[import-not-found]
+            from humming.tune import get_heuristics_config  # type: ignore[import-not-found]
+        finally:
+            del os.environ[no_builders]  # it would also compile one kernel at a time
+            if set_before is not None:
+                os.environ[no_builders] = set_before
         self.forward, self.layer, self.heuristics = humming_forward, HummingLayer, get_heuristics_config
 
     def contender(self, p: Problem, dtype: torch.dtype, ms: list[int]) -> Contender:
@@ -150,7 +164,7 @@ class Humming:
         edges = [0, *sorted(ms)[:-1], 1 << 30]
         chosen = [self.heuristics(config, shape_m=m) for m in sorted(ms)]
         ranges = [[low, high, one] for low, high, one in zip(edges, edges[1:], chosen, strict=True)]
-        return json.dumps(ranges, default=lambda value: value.item())  # numpy's integers
+        return json.dumps(ranges, default=lambda value: value.item() if hasattr(value, "item") else str(value))
 
 
 PEERS: dict[str, type[Peer]] = {"gemlite": Gemlite, "humming-kernels": Humming}

@@ -203,6 +203,7 @@ def test_a_peer_that_raises_is_named_and_our_own_error_ends_the_run(graphs: None
     rows = {"peer": row(fails, p=p), "right": row(lambda w, x: x @ w.t(), p=p)}
     cells = bench.measure_m(p, 1, rows, 0.01, True)
     assert cells["peer"]["problem"] == "RuntimeError: no such kernel" and cells["peer"]["us"] is None
+    assert cells["peer"]["error"] is None
     assert cells["right"]["us"] == 2.0
     with pytest.raises(RuntimeError, match="no such"):
         bench.measure_m(p, 1, {"ours": row(fails, "ours", p=p)}, 0.01, True)
@@ -383,8 +384,8 @@ MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.
 def record_of(times: dict[str, list[float | None]], kinds: dict[str, str]) -> dict:
     """A record of 4096x4096 at M = 1 and 4096."""
     cells = [
-        {"n": 4096, "k": 4096, "m": m, "what": what, "kind": kinds[what], 
-         "bits": 16 if kinds[what] == "dense" else 4.125, "variant": "", "error": 2e-4, "us": us, "problem": None if us else "ValueError: no"}
+        {"n": 4096, "k": 4096, "m": m, "what": what, "kind": kinds[what], "bits": 16 if what[0] == "c" else 4.125,
+         "variant": "", "error": 2e-4, "us": us, "problem": None if us else "ValueError: no"}
         for what, pair in times.items() for m, us in zip((1, 4096), pair, strict=True)
     ]  # fmt: skip
     return {"metric": "us_per_call", "group": 128, "dtype": "float16", "machine": MACHINE, "cells": cells,
@@ -503,7 +504,7 @@ def test_graph_timing_of_a_known_kernel() -> None:
 @pytest.mark.gpu
 def test_bench_on_the_gpu_times_every_path(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: every contender of this project and of torch is right and takes longer than a launch."""
-    bench.main(["--device", "cuda", "--shapes", "1024x1024", "--ms", "1,64,1024", "--peers", "none"])
+    bench.main(["--device", "cuda", "--shapes", "1024x1024", "--ms", "1,64,1024", "--peers", "none", "--paths"])
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {c["kind"] for c in record["cells"]} == {"dense", "peer", "ours", "path"}
     assert all(c["us"] > 0.5 and c["error"] < 0.01 for c in record["cells"])
