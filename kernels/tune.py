@@ -308,6 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         gpu = dispatch.normalise_gpu(machine["device"])
         entries = entries_of(cells, gpu, dispatch.triton_version(), args.dtype)
+        if not entries:
+            raise EnvironmentProblem("no configuration ran right, so there is no table to write; see the figures above")
         print(f"written: {add_to_table(args.table, entries, {'made_by': 'tune', 'machine': machine})}")
 
 
