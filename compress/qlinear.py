@@ -55,9 +55,9 @@ def _machine_problem(backend: Backend, device: torch.device) -> str | None:
     if backend is Backend.TRITON:
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        from compress.kernels import w4a16
+        from compress.kernels import common
 
-        return w4a16.device_problem(device)
+        return common.device_problem(device)
     return None
 
 

@@ -154,9 +154,9 @@ def test_named_backends_never_fall_back():
 
 def test_named_triton_on_a_cpu_raises(monkeypatch):
     """Oracle: EnvironmentProblem at the first forward, not a slower result."""
-    from compress.kernels import w4a16
+    from compress.kernels import common
 
-    monkeypatch.setattr(w4a16, "device_problem", lambda device: "no GPU here")
+    monkeypatch.setattr(common, "device_problem", lambda device: "no GPU here")
     layer = QuantLinear.from_quantized(quantized(), backend=Backend.TRITON, dtype=torch.float16)
     with pytest.raises(EnvironmentProblem, match="backend=triton cannot run on cpu: no GPU here"):
         layer(torch.randn(1, 256).half())
