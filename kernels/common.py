@@ -42,17 +42,27 @@ def n_sms(device: torch.device) -> int:
     return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory a block may use; an H100's in the interpreter."""
+    if device.type != "cuda":
+        return 232448
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
 def check_device(kernel: str, device: torch.device) -> None:
     problem = device_problem(device)
     if problem:
         raise EnvironmentProblem(f"the {kernel} kernel cannot run: {problem}; use backend=auto")
 
 
-def check_activations(kernel: str, x: Tensor) -> None:
+def check_activations(kernel: str, x: Tensor, k: int | None = None) -> None:
     if x.dtype not in ACTIVATIONS:
         raise ConfigError(f"x is {x.dtype}; the {kernel} kernel takes float16 or bfloat16, use backend=auto for others")
     if x.dim() != 2:
         raise ConfigError(f"x is {tuple(x.shape)}; the {kernel} kernel takes [M, K], reshape it first")
+    if k is not None and x.shape[1] != k:
+        raise ConfigError(f"x is {tuple(x.shape)}, but the weight has K={k}")
 
 
 def check_operands(
