@@ -66,7 +66,7 @@ def w8a8_sums(x_codes: Tensor, codes: Tensor, zero: Tensor) -> Tensor:
         x_codes: int8 [M, K], of `quantize_rows`.
         codes, zero: see `dequantize_weight`.
     """
-    m, (n, k), groups = x_codes.shape[0], codes.shape, zero.shape[1]
+    m, n, groups = x_codes.shape[0], codes.shape[0], zero.shape[1]
     left = x_codes.double().view(m, groups, -1).transpose(0, 1)
     centred = codes.double().view(n, groups, -1) - zero.double().unsqueeze(-1)
     return (left @ centred.permute(1, 2, 0)).long()  # float64 holds these integers exactly

@@ -10,10 +10,10 @@ outliers, so nothing takes this path unless it is named (Backend.W8A8).
     codes [N, KP] int8 = code - 128, KP = K padded with code 128 to a multiple of 128
     scale [G, N] float16/bfloat16/float32      zero [G, N] uint8, or None for a symmetric grid (zero = 128)
 
-Three kernels: rows of x to int8 codes, scales and, for an asymmetric grid, sums of the codes over tiles of K; the matmul
-with W as the left operand (why: `w4a16`), both operands from shared memory, K contiguous in both as int8 MMAs demand;
-and for SPLIT > 1 a sum over the splits in order. sum qx (code - zero) = sum qx (code - 128) - (zero - 128) sum qx, since
-code - zero itself needs nine bits.
+Three kernels: rows of x to int8 codes, scales and, for an asymmetric grid, sums of the codes over tiles of K; the
+matmul with W as the left operand (why: `w4a16`), both operands from shared memory and contiguous in K, as int8 MMAs
+demand; and for SPLIT > 1 a sum over the splits in order. code - zero itself would need nine bits, so
+sum qx (code - zero) = sum qx (code - 128) - (zero - 128) sum qx.
 
 Twins: `compress.kernels.reference.quantize_rows`, `w8a8_linear`. Runs under TRITON_INTERPRET=1 on a CPU.
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 from compress.errors import ConfigError
 from compress.kernels import common
 from compress.kernels.common import load_column, tile_of_program
+from compress.kernels.reference import dequantize_weight
 
 TILE_K = 128
 # 127 * 255 * K must stay below 2^31 for one int32 sum over all of K
@@ -90,6 +91,12 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Int8Weight:
 def unpack(weight: Int8Weight) -> Tensor:
     """The inverse: codes uint8 [N, K]."""
     return (weight.codes[:, : weight.k].to(torch.int16) + 128).to(torch.uint8)
+
+
+def dense(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """Int8Weight -> dense [N, K], computed in float32 and rounded once to `dtype`; plain PyTorch, for comparisons."""
+    zero = torch.full_like(weight.scale, 128) if weight.zero is None else weight.zero
+    return dequantize_weight(unpack(weight), weight.scale.t(), zero.t()).to(dtype)
 
 
 def _check_k(k: int, groups: int) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from compress.errors import ConfigError
 from compress.kernels import common, wna16_layout
 from compress.kernels.common import load_column, tile_of_program
-from compress.kernels.wna16_layout import FIELD_BITS, PackedWeight, decode_slice, slice_k
+from compress.kernels.wna16_layout import PackedWeight, decode_slice, slice_k
 
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

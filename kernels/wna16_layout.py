@@ -150,7 +150,7 @@ def decode_slice(words, high, zero, p: tl.constexpr, BITS: tl.constexpr, DTYPE: 
     if BITS == 3:
         codes = ((words >> (2 * p)) & 3) | (((high.to(tl.int16) >> p) & 1) << 2)
         w = field_to_float(codes, zero, 0, 7, DTYPE, MODE)
-    elif BITS == 8 and DTYPE == tl.bfloat16 and MODE != 2:
+    elif BITS == 8 and tl.bfloat16 == DTYPE and MODE != 2:
         w = _byte_to_bfloat16(words, zero, p, MODE)
     else:
         w = field_to_float(words, zero, BITS * p, (1 << BITS) - 1, DTYPE, MODE)
