@@ -47,7 +47,8 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory a block may use; an H100's in the interpreter."""
     if device.type != "cuda":
         return 232448
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def check_device(kernel: str, device: torch.device) -> None:

@@ -54,7 +54,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     A row that holds NaN or Inf gets codes 0 and scale NaN.
     """
     rows = x.float()
-    scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    largest = rows.abs().amax(-1, keepdim=True)
+    # by a tensor: on a GPU, division by a number is multiplication with its reciprocal
+    scale = (largest / torch.full_like(largest, 127)).clamp_min(torch.finfo(torch.float32).tiny)
     scale = scale.where(rows.isfinite().all(-1, keepdim=True), torch.tensor(float("nan"), device=x.device))
     return torch.round(rows / scale).nan_to_num(0.0).to(torch.int8), scale.squeeze(-1)
 

@@ -179,8 +179,8 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
         EnvironmentProblem: the device cannot run the kernel.
     """
     bits, words, k, n = weight.bits, weight.words, weight.k, weight.n
-    _check_weight(f"W{bits}A16", weight, x.device)
     common.check_activations(f"W{bits}A16", x, k)
+    _check_weight(f"W{bits}A16", weight, x.device)
     common.check_operands(x, words, weight.scale, weight.zero, bias, weight.group_size)
     m = x.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
