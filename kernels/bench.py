@@ -1,123 +1,230 @@
-"""python -m compress.kernels.bench: every way this project can compute y = x W^T from 4-bit weights, side by side.
+"""python -m compress.kernels.bench: every way to compute y = x W^T from 4-bit weights, side by side in one run.
 
-Metric: microseconds a call at a given M (rows of x), and beside it the relative error ||y - ref|| / ||ref|| against the
-same codes dequantized and multiplied in float64; a call whose error passes 0.01 is reported as wrong and has no time.
-On a GPU also the roofline: max(bytes / copy bandwidth, flops / matmul rate), bytes being 4-bit codes, scales, x and y
-once, both ceilings measured in the same run. How a call is timed: `compress.kernels.timing`.
+Metric: microseconds a call at a given M (rows of x): the median of replays of a CUDA graph over rotating weight copies
+larger than the L2, the contenders of a cell taking turns (`compress.kernels.timing`); p95 beside it in the JSON.
+Correctness stands beside every time: the relative error ||y - ref|| / ||ref|| against the same codes dequantized and
+multiplied in float64, the worst of the first call, a call on the last weight copy, and, on a GPU, the output of the
+very graph that was timed, filled with NaN and replayed once more on activations that it has not seen. x lies between
+rows of NaN. An error above 0.01 is reported as wrong and has no time.
 
-Weights are symmetric, group 128. One table a shape, then one JSON line; --out DIR keeps the raw figures.
+Contenders on a GPU: cuBLAS in --dtype (the baseline, timed again when a shape is done; its drift is printed), torch's
+tinygemm, this project ("ours" is what a QuantLinear with backend=auto runs; --paths adds the two that it chooses from),
+and gemlite and Humming where installed (`compress.kernels.peers`; pip install 'compress-llm[peers]'). A peer that is
+absent or raises is named, and the rest goes on. The roofline is max(bytes / copy bandwidth, flops / matmul rate), bytes
+being 4-bit codes, scales, x and y once, both ceilings measured in the same run.
 
-    python -m compress.kernels.bench --shapes 4096x4096,28672x4096 --ms 1,16,256 --dtype float16 --out DIR
+Weights are symmetric, group 128. One table a shape, then one JSON line; --out DIR keeps it, and the tables as Markdown.
+
+    python -m compress.kernels.bench --out DIR --roofline roofline.html
+    python -m compress.kernels.bench --shapes 4096x4096,28672x4096 --ms 1,16,256 --dtype bfloat16 --peers none
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import platform
+import statistics
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels import cpu_int4, planar, timing
-from compress.kernels.reference import dequantize_weight, relative_error
+from compress.errors import EnvironmentProblem
+from compress.kernels import bench_plot, bench_report, contenders, peers, timing
+from compress.kernels.contenders import Call, Contender
+from compress.kernels.problem import GROUP, Problem, guarded
+from compress.kernels.reference import relative_error
 
-GROUP = 128
 MAX_ERROR = 0.01
-DEFAULT_SHAPES = {"cuda": "4096x4096,14336x4096,4096x14336,28672x4096", "cpu": "256x256,768x256,1024x256,2048x2048"}
-DEFAULT_MS = {"cuda": "1,16,64,256,1024", "cpu": "1,4,16,64,256"}
-
-# a contender: weights to rotate over, and call(weights, x) -> y [M, N]; its dtype is x's
-Contender = tuple[torch.dtype, list[Any], Callable[[Any, Tensor], Tensor]]
-
-
-class Problem:
-    """Random codes uint8 [N, K], scale [N, K/128] (exact in float16 and bfloat16), zero 8, dense float64 weight."""
-
-    def __init__(self, n: int, k: int, device: str) -> None:
-        self.n, self.k, self.device = n, k, device
-        gen = torch.Generator(device=device).manual_seed(n * 7 + k)
-        self.codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device, generator=gen)
-        scale = torch.rand((n, k // GROUP), device=device, generator=gen) * 0.010 + 0.005
-        self.scale = scale.to(torch.bfloat16).float()
-        self.zero = torch.full((n, k // GROUP), 8, dtype=torch.uint8, device=device)
-        self.dense = dequantize_weight(self.codes, self.scale, self.zero, torch.float64)
-
-    def x(self, m: int) -> Tensor:
-        """float64 [m, K] whose values are exact in bfloat16 and float16."""
-        gen = torch.Generator(device=self.device).manual_seed(m)
-        x = torch.randn((m, self.k), device=self.device, generator=gen)
-        return x.to(torch.bfloat16).to(torch.float16).double()
+DEFAULT_SHAPES = {
+    "cuda": "4096x4096,6144x4096,28672x4096,4096x14336,57344x8192",
+    "cpu": "256x256,768x256,1024x256,2048x2048",
+}
+DEFAULT_MS = {"cuda": "1,4,16,64,256,1024,4096", "cpu": "1,4,16,64,256"}
+FRESH = 1  # the draw of activations that a timed graph is checked on
 
 
-def gpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
-    from compress.kernels import dequant, w4a16
+@dataclass
+class Trial:
+    """One way to call a contender at one M. problem: what it raised, in one line."""
 
-    name = str(dtype).removeprefix("torch.")
-    dense = p.dense.to(dtype)
-    weight = w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), None)
-    copies = [
-        w4a16.KernelWeight(words, scale, None, weight.n, weight.k, weight.group_size)
-        for words, scale in timing.rotating_copies((weight.words, weight.scale))
+    name: str
+    contender: Contender
+    variant: str
+    call: Call
+    error: float = 0.0
+    problem: str | None = None
+    captured: timing.Captured | None = None
+    times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        return self.problem is None and self.error < MAX_ERROR
+
+    def cell(self) -> dict[str, Any]:
+        error = self.error if self.problem is None and math.isfinite(self.error) else None
+        return {"variant": self.variant, "error": error, "us": None, "problem": self.problem} | self.times
+
+
+def one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+
+
+def _note(trial: Trial, problem: Exception) -> None:
+    """Keep what a peer raised; our own errors are bugs and end the run, as does a GPU that no longer answers."""
+    if trial.contender.kind != "peer":
+        raise problem
+    trial.problem = one_line(problem)
+    require_gpu(trial.name, problem)
+
+
+def require_gpu(name: str, problem: Exception) -> None:
+    """An illegal access in one kernel makes every later call of the process fail: say whose it was."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise EnvironmentProblem(
+            f"{name} left the GPU unusable ({one_line(problem)}); run again with a --peers list without it"
+        ) from lost
+
+
+def check_first(trial: Trial, x: Tensor, reference: Tensor) -> None:
+    """Errors of the call itself, on the first and the last weight copy."""
+    try:
+        weights = trial.contender.weights
+        errors = [relative_error(trial.call(weights[i], x), reference) for i in {0, len(weights) - 1}]
+        trial.error = max(errors)
+    except Exception as problem:
+        _note(trial, problem)
+
+
+def time_calls(trials: list[Trial], xs: dict[torch.dtype, Tensor], budget_s: float) -> None:
+    """Fill `times` on a CPU."""
+    for trial in trials:
+        call, weight, x = trial.call, trial.contender.weights[0], xs[trial.contender.dtype]
+
+        def once(call: Call = call, weight: Any = weight, x: Tensor = x) -> Tensor:
+            return call(weight, x)
+
+        trial.times = timing.summary(timing.time_cpu(once, budget_s), fastest=True)
+
+
+def time_graphs(trials: list[Trial], xs: dict[torch.dtype, Tensor]) -> None:
+    """Fill `times` on a GPU: a graph for each trial, replayed in turns."""
+    for trial in trials:
+        call, x = trial.call, xs[trial.contender.dtype]
+
+        def rotating(weight: Any, call: Call = call, x: Tensor = x) -> Tensor:
+            return call(weight, x)
+
+        try:
+            trial.captured = timing.capture(rotating, trial.contender.weights)
+        except Exception as problem:
+            _note(trial, problem)
+    captured = [t for t in trials if t.captured is not None]
+    samples = timing.take_turns([t.captured for t in captured if t.captured is not None])
+    for trial, own in zip(captured, samples, strict=True):
+        trial.times = timing.summary(own)
+
+
+def check_timed(trials: list[Trial], reference: Tensor) -> None:
+    """Errors of the timed graphs on activations they have not seen, written over the ones they were timed with."""
+    for trial in trials:
+        if trial.captured is not None:
+            trial.captured.output.fill_(math.nan)
+            trial.captured.graph.replay()
+            trial.error = max(trial.error, relative_error(trial.captured.output, reference))
+            trial.captured = None  # frees the graph's memory
+            if not trial.right:
+                trial.times = {}
+
+
+def measure_m(
+    p: Problem, m: int, rows: dict[str, Contender], budget_s: float, graphs: bool
+) -> dict[str, dict[str, Any]]:
+    """One cell for each contender at M = m: its fastest right variant, or why there is none."""
+    x = p.x(m)
+    xs = {dtype: guarded(x, dtype) for dtype in {c.dtype for c in rows.values()}}
+    trials = [Trial(name, c, *variant) for name, c in rows.items() for variant in c.variants(m)]
+    reference = p.reference(x)
+    for trial in trials:
+        check_first(trial, xs[trial.contender.dtype], reference)
+    right = [t for t in trials if t.right]
+    if not graphs:
+        time_calls(right, xs, budget_s)
+    else:
+        time_graphs(right, xs)
+        fresh = p.x(m, FRESH)
+        for held in xs.values():
+            held.copy_(fresh)
+        check_timed(trials, p.reference(fresh))
+    cells: dict[str, dict[str, Any]] = {}
+    for name in rows:
+        own = [t.cell() for t in trials if t.name == name]
+        cells[name] = min(own, key=lambda cell: math.inf if cell["us"] is None else cell["us"])
+    return cells
+
+
+def build_peers(names: list[str], problems: dict[str, str]) -> dict[str, peers.Peer]:
+    """The installed ones of `names`; why the others are absent goes into `problems` and one printed line each."""
+    built: dict[str, peers.Peer] = {}
+    installed = peers.versions()
+    for name in names:
+        if installed[name] == peers.NOT_INSTALLED:
+            problems[name] = peers.NOT_INSTALLED
+        else:
+            try:
+                built[name] = peers.PEERS[name]()
+            except Exception as problem:  # whatever a package raises where it cannot run is a result of this run
+                problems[name] = one_line(problem)
+        if name in problems:
+            print(f"{name}: {problems[name]}")
+    return built
+
+
+def contenders_of(
+    p: Problem, args: argparse.Namespace, built: dict[str, peers.Peer], problems: dict[str, str]
+) -> dict[str, Contender]:
+    if args.device == "cpu":
+        return contenders.cpu_contenders(p, args.dtype)
+    rows = contenders.gpu_contenders(p, args.dtype, args.paths)
+    for name, peer in built.items():
+        try:
+            rows[f"{name} {str(args.dtype).removeprefix('torch.')}"] = peer.contender(p, args.dtype, args.ms)
+        except Exception as problem:
+            problems[f"{name} {p.n}x{p.k}"] = one_line(problem)
+            print(f"{name} at {p.n}x{p.k}: {one_line(problem)}")
+            require_gpu(name, problem)
+    return rows
+
+
+def measure_shape(p: Problem, args: argparse.Namespace, rows: dict[str, Contender]) -> list[dict[str, Any]]:
+    """Cells of every contender and M; on a GPU the baseline is timed again at the end, as `us_again`."""
+    graphs = args.device == "cuda"
+    by_m = {m: measure_m(p, m, rows, args.budget_s, graphs) for m in args.ms}
+    if graphs:
+        baseline = next(iter(rows))
+        for m in args.ms:
+            again = measure_m(p, m, {baseline: rows[baseline]}, args.budget_s, graphs)[baseline]
+            by_m[m][baseline]["us_again"] = again["us"]
+    return [
+        {"n": p.n, "k": p.k, "m": m, "what": name, "kind": rows[name].kind, "bits": rows[name].weight_bits, **cell}
+        for m, cells in by_m.items()
+        for name, cell in cells.items()
     ]
-    pairs = (p.codes[:, 0::2] << 4 | p.codes[:, 1::2]).contiguous()
-    tiny = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-    scale_zero = torch.stack([p.scale.t(), torch.zeros_like(p.scale.t())], dim=-1).to(torch.bfloat16).contiguous()
-    return {
-        f"cuBLAS {name}": (dtype, timing.rotating_copies((dense,)), lambda w, x: F.linear(x, w[0])),
-        "tinygemm bfloat16": (
-            torch.bfloat16,
-            timing.rotating_copies((tiny, scale_zero)),
-            lambda w, x: torch.ops.aten._weight_int4pack_mm(x, w[0], GROUP, w[1]),
-        ),
-        f"triton w4a16 {name}": (dtype, copies, lambda w, x: w4a16.launch(x, w)),
-        f"dequant + cuBLAS {name}": (dtype, copies, lambda w, x: F.linear(x, dequant.launch(w, x.dtype))),
-    }
 
 
-def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
-    rows = planar.pack(p.codes, 4)
-    result: dict[str, Contender] = {}
-    for dt in dict.fromkeys((torch.float32, dtype)):
-        name = str(dt).removeprefix("torch.")
-        result[f"F.linear {name}"] = (dt, [p.dense.to(dt)], lambda w, x: F.linear(x, w))
-        result[f"dequant + F.linear {name}"] = (
-            dt,
-            [rows],
-            lambda w, x: planar.linear_by_blocks(x, p.n, planar.dense_blocks(w, p.scale, p.zero, 4, p.k, x.dtype)),
-        )
-        if cpu_int4.has_op() and p.n % 16 == 0 and cpu_int4.block_rows():
-            packed = cpu_int4.pack(p.codes, p.scale, p.zero, dt)
-            result[f"int4 op {name}"] = (dt, [packed], lambda w, x: cpu_int4.int4_matmul(x, w))
-            result[f"int4 layout, dequant {name}"] = (
-                dt,
-                [packed],
-                lambda w, x: planar.linear_by_blocks(x, p.n, cpu_int4.dense_blocks(w, x.dtype)),
-            )
-    return result
-
-
-def measure(contender: Contender, x64: Tensor, reference: Tensor, budget_s: float) -> dict[str, Any]:
-    """Error, then time: {"error", "us"}; "us" is None when the result is wrong."""
-    dtype, weights, call = contender
-    x = x64.to(dtype)
-    error = max(relative_error(call(weights[i], x), reference) for i in {0, len(weights) - 1})
-    if not error < MAX_ERROR:
-        return {"error": None if math.isinf(error) else error, "us": None}
-    if x.is_cuda:
-        return {"error": error, "us": timing.time_gpu(lambda w: call(w, x), weights)}
-    return {"error": error, "us": timing.time_cpu(lambda: call(weights[0], x), budget_s)}
-
-
-def roofline_us(m: int, n: int, k: int, ceilings: dict[str, float]) -> float:
-    moved = n * k / 2 + n * k / GROUP * 2 + 2 * m * (n + k)
-    return max(moved / ceilings["copy_TB_per_s"], 2 * m * n * k / ceilings["fp16_TFLOP_per_s"]) / 1e6
+def drift(cells: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Median and worst |us_again / us - 1| of the baseline."""
+    changes = [abs(c["us_again"] / c["us"] - 1) for c in cells if c.get("us_again") and c["us"]]
+    return {"median": statistics.median(changes), "worst": max(changes)} if changes else None
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -132,62 +239,82 @@ def describe_machine(device: str) -> dict[str, Any]:
     return info | {"device": f"{platform.machine()} {capability}", "threads": torch.get_num_threads()}
 
 
-def print_table(n: int, k: int, ms: list[int], rows: dict[str, dict[int, dict[str, Any]]]) -> None:
-    print(f"\nN={n} K={k}, microseconds (relative error)")
-    print(f"{'M':>28} |" + "".join(f"{m:>20}" for m in ms))
-    for name, cells in rows.items():
-        texts = []
-        for m in ms:
-            us, error = cells[m]["us"], cells[m].get("error")
-            texts.append("wrong" if us is None else f"{us:.1f}" + (f" ({error:.0e})" if error is not None else ""))
-        print(f"{name:>28} |" + "".join(f"{text:>20}" for text in texts))
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--shapes", help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
     parser.add_argument("--ms", help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
+    parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
+    parser.add_argument("--paths", action="store_true", help='also time both paths behind "ours" at every M')
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of timing for a cell on a CPU")
-    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>.json")
+    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>.json and .md")
+    parser.add_argument("--roofline", type=Path, help="plot of rates against arithmetic intensity: .html, .png or .svg")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "bfloat16"))
-    args.ms = [int(m) for m in (args.ms or DEFAULT_MS[args.device]).split(",")]
+    args.ms = sorted({int(m) for m in (args.ms or DEFAULT_MS[args.device]).split(",")})
     pairs = (args.shapes or DEFAULT_SHAPES[args.device]).split(",")
     args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in pairs)]
+    args.peers = [] if args.peers == "none" or args.device == "cpu" else args.peers.split(",")
     for n, k in args.shapes:
         if k % GROUP:
             parser.error(f"shape {n}x{k}: K must be a multiple of {GROUP}")
+    unknown = [name for name in args.peers if name not in peers.PEERS]
+    if unknown:
+        parser.error(f"--peers {','.join(unknown)}: known are {', '.join(peers.PEERS)}, or none")
+    if args.roofline and args.device == "cpu":
+        parser.error("--roofline needs the ceilings of a GPU; leave it out on a CPU")
+    if args.roofline and args.roofline.suffix not in bench_plot.SUFFIXES:
+        parser.error(f"--roofline {args.roofline}: the suffix must be one of {', '.join(bench_plot.SUFFIXES)}")
     return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print tables; the record that becomes the JSON line."""
+    torch.set_grad_enabled(False)
+    machine = describe_machine(args.device)
+    print(json.dumps(machine))
+    problems: dict[str, str] = {}
+    built = build_peers(args.peers, problems)
+    gc.collect()
+    gc.freeze()  # a capture collects garbage first; what is imported by now is not worth looking through
+    cells: list[dict[str, Any]] = []
+    for n, k in args.shapes:
+        p = Problem(n, k, args.device)
+        found = measure_shape(p, args, contenders_of(p, args, built, problems))
+        print(bench_report.text_table(n, k, args.ms, found, machine), flush=True)
+        cells += found
+    return {
+        "metric": "us_per_call",
+        "group": GROUP,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "machine": machine,
+        "peers": {name: version for name, version in peers.versions().items() if name in args.peers},
+        "problems": problems,
+        "baseline_drift": drift(cells),
+        "cells": cells,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_grad_enabled(False)
-    machine = describe_machine(args.device)
-    print(json.dumps(machine))
-    cells: list[dict[str, Any]] = []
-    for n, k in args.shapes:
-        problem = Problem(n, k, args.device)
-        contenders = (gpu_contenders if args.device == "cuda" else cpu_contenders)(problem, args.dtype)
-        rows: dict[str, dict[int, dict[str, Any]]] = {}
-        if args.device == "cuda":
-            rows["roofline"] = {m: {"us": roofline_us(m, n, k, machine)} for m in args.ms}
-        for m in args.ms:
-            x = problem.x(m)
-            reference = x @ problem.dense.t()
-            for name, contender in contenders.items():
-                rows.setdefault(name, {})[m] = measure(contender, x, reference, args.budget_s)
-        print_table(n, k, args.ms, rows)
-        cells += [{"n": n, "k": k, "m": m, "what": name, **cell} for name, r in rows.items() for m, cell in r.items()]
-    result = {"metric": "us_per_call", "group": GROUP, "machine": machine, "cells": cells}
+    record = run(args)
+    if moved := record["baseline_drift"]:
+        print(
+            f"cuBLAS timed again after each shape: {moved['median']:.1%} away in the median, {moved['worst']:.1%} worst"
+        )
+    for c in record["cells"]:
+        if c["problem"]:
+            print(f"{c['what']} at {c['n']}x{c['k']}, M={c['m']}: {c['problem']}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"bench_kernels_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    if any(cell["us"] is None for cell in cells):
-        sys.exit("a result above was wrong")
+        stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}"
+        command = "python -m compress.kernels.bench " + " ".join(argv if argv is not None else sys.argv[1:])
+        print("written: " + ", ".join(map(str, bench_report.write(stem, record, args.ms, command))))
+    if args.roofline:
+        bench_plot.write(args.roofline, record)
+    print(json.dumps(record))
+    if any(cell["us"] is None and cell["kind"] != "peer" for cell in record["cells"]):
+        sys.exit("a result of this project or of torch was wrong")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""python -m compress.kernels.tune: time the W4A16 kernel over a grid of configurations, to fill `w4a16.choose_config`.
+"""python -m compress.kernels.tune: time W4A16 kernels over their configurations and write tables for `dispatch`.
 
 Metric: microseconds a call as in `compress.kernels.bench`; a configuration whose relative error against float64 passes
 0.01 is reported as wrong. Kernels are compiled first, by several processes that share Triton's cache, because compiling
-takes far longer than timing and runs one kernel at a time in one process. Prints the best five of each cell and what
-`choose_config` takes there; --out DIR keeps everything.
+takes far longer than timing and runs one kernel at a time in one process. Prints the best of each cell and what the
+kernel's own rule takes there; --out DIR keeps everything, --table DIR adds the best of each cell to the table of this
+GPU and Triton version there (`kernels/tables` is what is shipped).
+
+`search` is the same for one key within a budget of seconds, for machines without a table (COMPRESS_KERNEL_SEARCH=1).
+A kernel takes part by its `Tunable` in TUNABLES.
 """
 
 from __future__ import annotations
@@ -11,22 +15,53 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.errors import EnvironmentProblem
-from compress.kernels import timing, w4a16
-from compress.kernels.bench import GROUP, MAX_ERROR, Problem, describe_machine, roofline_us
+from compress.errors import ConfigError, EnvironmentProblem
+from compress.kernels import dispatch, table_file, timing, w4a16
+from compress.kernels.bench import MAX_ERROR, describe_machine, one_line
+from compress.kernels.bench_report import roofline_us
+from compress.kernels.dispatch import Choice, Entry, Key
+from compress.kernels.problem import GROUP, Problem
 from compress.kernels.reference import relative_error
 
+log = logging.getLogger(__name__)
 
-def grid(m: int) -> Iterator[w4a16.Config]:
+SEARCH_BUDGET_S = 10.0
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel and the configurations worth trying.
+
+    grid(m): configurations that compile to different kernels. expand(m, n, k, config): those that differ in run-time
+    arguments only. default(m, n, k): the kernel's own rule, None where it does not take the shape.
+    """
+
+    name: str
+    config: type
+    grid: Callable[[int], Iterator[Any]]
+    expand: Callable[[int, int, int, Any], list[Any]]
+    default: Callable[[int, int, int], Any]
+    pack: Callable[[Problem, torch.dtype], Any]
+    launch: Callable[[torch.Tensor, Any, Any], torch.Tensor]
+    n_multiple: int = 1
+    k_multiple: int = 1
+
+    def takes(self, n: int, k: int) -> bool:
+        return n % self.n_multiple == 0 and k % self.k_multiple == 0
+
+
+def _w4a16_grid(m: int) -> Iterator[w4a16.Config]:
     """Configurations worth timing at M = m, split_k excluded (it is a run-time argument of a compiled kernel)."""
     if m <= 64:
         block_m = max(16, 1 << (m - 1).bit_length())
@@ -40,112 +75,242 @@ def grid(m: int) -> Iterator[w4a16.Config]:
     yield w4a16.Config(128, 128, 1, 8, 3, use_asm=False)
 
 
-def splits(m: int, n: int, k: int, config: w4a16.Config) -> list[int]:
+def _w4a16_splits(m: int, n: int, k: int, config: w4a16.Config) -> list[w4a16.Config]:
     """split_k values worth timing: up to 8 programs a multiprocessor of a large GPU, two tiles of K each at least."""
     programs = -(-n // config.block_n) * -(-m // config.block_m)
-    return [s for s in (1, 2, 4, 8, 16) if s == 1 or (s * programs <= 8 * 132 and 2 * s <= k // GROUP and m <= 256)]
+    counts = [s for s in (1, 2, 4, 8, 16) if s == 1 or (s * programs <= 8 * 132 and 2 * s <= k // GROUP and m <= 256)]
+    return [replace(config, split_k=s) for s in counts]
 
 
-def _compile(task: tuple[w4a16.Config, int, str]) -> str | None:
-    """Compile one kernel into Triton's disk cache by running it on a small problem with the same specialization."""
-    config, m, dtype = task
-    codes = torch.zeros(512, 1024, dtype=torch.uint8, device="cuda")
-    scale = torch.ones(512, 8, dtype=getattr(torch, dtype), device="cuda")
-    x = torch.ones(m, 1024, dtype=scale.dtype, device="cuda")
+def _w4a16_default(m: int, n: int, k: int) -> w4a16.Config:
+    return w4a16.choose_config(
+        m, n, k, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    )
+
+
+def _w4a16_pack(p: Problem, dtype: torch.dtype) -> w4a16.KernelWeight:
+    return w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), None if p.symmetric else p.zero)
+
+
+W4A16 = Tunable(
+    name="w4a16",
+    config=w4a16.Config,
+    grid=_w4a16_grid,
+    expand=_w4a16_splits,
+    default=_w4a16_default,
+    pack=_w4a16_pack,
+    launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
+)
+TUNABLES = {t.name: t for t in (W4A16,)}
+
+
+# -- the bounded search -----------------------------------------------------------------------------------
+
+
+def candidates(tunable: Tunable, m: int, n: int, k: int) -> list[Any]:
+    """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
+    default = tunable.default(m, n, k)
+    every = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
+    if default is None:
+        return every
+    changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))
+    return [default, *(c for c in changed if c != default)]
+
+
+def best_within(
+    tried: Iterable[tuple[str, Any]],
+    measure: Callable[[str, Any], float | None],
+    budget_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[str, Any, float] | None:
+    """The fastest of (kernel, configuration) pairs, tried in order while the budget lasts.
+
+    The first is always tried; none after it is begun that would pass the budget if it took as long as the longest yet.
+    measure: microseconds, or None for a wrong result or a configuration that cannot run.
+    """
+    began, longest, best = clock(), 0.0, None
+    for i, (kernel, config) in enumerate(tried):
+        at = clock()
+        if i and at - began + longest > budget_s:
+            break
+        us = measure(kernel, config)
+        longest = max(longest, clock() - at)
+        if us is not None and (best is None or us < best[2]):
+            best = (kernel, config, us)
+    return best
+
+
+def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) -> Choice | None:
+    """Time configurations for `key` on this GPU for about `budget_s` and keep the fastest in this machine's table.
+
+    Takes memory for weights of that shape, 256 MB or two copies, while it lasts. None if nothing ran right.
+    """
+    bits, group, symmetric = dispatch.parse_scheme(key.scheme, key.k)
+    if bits != 4:
+        raise ConfigError(f"scheme {key.scheme}: only 4-bit kernels can be searched")
+    log.info("searching a kernel configuration for %s, about %.0f s", key, budget_s)
+    dtype = getattr(torch, key.dtype)
+    with torch.cuda.device(device):
+        p = Problem(key.n, key.k, "cuda", group, symmetric)
+        x32 = p.x(key.m)
+        reference, x = p.reference(x32), x32.to(dtype)
+        packed: dict[str, list[Any]] = {}
+
+        def measure(kernel: str, config: Any) -> float | None:
+            tunable = TUNABLES[kernel]
+            if kernel not in packed:
+                packed[kernel] = timing.rotating_copies(tunable.pack(p, dtype))
+            return _cell(tunable, packed[kernel], config, x, reference)["us"]
+
+        usable = [t for t in TUNABLES.values() if t.takes(key.n, key.k)]
+        every = [[(t.name, c) for c in candidates(t, key.m, key.n, key.k)] for t in usable]
+        in_turn = [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
+        found = best_within(in_turn, measure, budget_s)
+    if found is None:
+        log.warning("no kernel configuration ran right for %s; the kernel's own rule stays", key)
+        return None
+    entry = _entry(*found)
+    table_file.remember({key: entry}, {"made_by": "search", "gpu": torch.cuda.get_device_name(device)})
+    dispatch.forget()
+    return entry.choice
+
+
+def _entry(kernel: str, config: Any, us: float) -> Entry:
+    tunable = TUNABLES[kernel]
+    return Entry(Choice(kernel, vars(config)), us, tunable.n_multiple, tunable.k_multiple)
+
+
+def _cell(tunable: Tunable, copies: list[Any], config: Any, x: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """{"us", "error", "problem"} of one configuration; us is None if it is wrong or cannot run."""
+
+    def call(weight: Any) -> torch.Tensor:
+        return tunable.launch(x, weight, config)
+
     try:
-        for split in (1, 2):
-            w4a16.launch(x, w4a16.pack_kernel_layout(codes, scale, None), config=_with_split(config, split))
-        torch.cuda.synchronize()
+        error = relative_error(call(copies[-1]), reference)
+        if not error < MAX_ERROR:
+            return {"us": None, "error": None, "problem": "wrong"}
+        return {"us": timing.time_gpu(call, copies, graph_ms=1.5, replays=5), "error": error, "problem": None}
     except Exception as problem:  # an invalid configuration is a result of the search: reported, not hidden
-        return f"{type(problem).__name__}: {str(problem)[:200]}"
-    return None
+        return {"us": None, "error": None, "problem": one_line(problem)}
 
 
-def _with_split(config: w4a16.Config, split: int) -> w4a16.Config:
-    return w4a16.Config(**{**vars(config), "split_k": split})
+# -- the full grid ----------------------------------------------------------------------------------------
 
 
-def compile_all(ms: list[int], dtype: str, processes: int) -> tuple[dict[int, list[w4a16.Config]], list[str]]:
-    """Configurations of each M that compile and launch, and why the others do not."""
-    tasks = [(config, m, dtype) for m in ms for config in grid(m)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        problems = pool.map(_compile, tasks, chunksize=1)
-    usable: dict[int, list[w4a16.Config]] = {m: [] for m in ms}
-    failed = []
-    for (config, m, _), problem in zip(tasks, problems, strict=True):
-        if problem is None:
-            usable[m].append(config)
-        else:
-            failed.append(f"M={m} {config}: {problem}")
-    return usable, failed
+def _compile(task: tuple[str, Any, int, str]) -> None:
+    """Compile one kernel into Triton's disk cache by running it on a small problem with the same specialization."""
+    kernel, config, m, dtype_name = task
+    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Problem(512, 1024, "cuda")
+    weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
+    for full in tunable.expand(m, p.n, p.k, config)[:2]:
+        try:
+            tunable.launch(x, weight, full)
+            torch.cuda.synchronize()
+        except Exception as problem:  # `tune_shape` meets it again, and there it is recorded
+            log.info("%s %s: %s", kernel, full, one_line(problem))
 
 
-def tune_shape(n: int, k: int, usable: dict[int, list[w4a16.Config]], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Every usable configuration and split at [n, k], fastest first for each M."""
-    problem = Problem(n, k, "cuda")
-    weight = w4a16.pack_kernel_layout(problem.codes, problem.scale.to(dtype), None)
-    copies = [
-        w4a16.KernelWeight(words, scale, None, n, k, weight.group_size)
-        for words, scale in timing.rotating_copies((weight.words, weight.scale))
-    ]
+def tune_shape(n: int, k: int, ms: list[int], tunables: list[Tunable], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Every configuration at [n, k], fastest first for each M."""
+    p = Problem(n, k, "cuda")
     results = []
-    for m, configs in usable.items():
-        x64 = problem.x(m)
-        reference = x64 @ problem.dense.t()
-        x = x64.to(dtype)
-        cells = []
-        for config in configs:
-            for split in splits(m, n, k, config):
-                full = _with_split(config, split)
+    for tunable in (t for t in tunables if t.takes(n, k)):
+        copies = timing.rotating_copies(tunable.pack(p, dtype))
+        for m in ms:
+            x32 = p.x(m)
+            reference, x = p.reference(x32), x32.to(dtype)
+            for config in candidates(tunable, m, n, k):
+                place = {"n": n, "k": k, "m": m, "kernel": tunable.name, "config": vars(config)}
+                results.append(place | _cell(tunable, copies, config, x, reference))
+    return sorted(results, key=lambda c: (c["m"], c["us"] or float("inf")))
 
-                def call(w: w4a16.KernelWeight, x: torch.Tensor = x, full: w4a16.Config = full) -> torch.Tensor:
-                    return w4a16.launch(x, w, config=full)
 
-                error = relative_error(call(copies[-1]), reference)
-                right = error < MAX_ERROR
-                us = timing.time_gpu(call, copies, graph_ms=1.5, replays=5) if right else None
-                cells.append({"n": n, "k": k, "m": m, **vars(full), "error": error if right else None, "us": us})
-        results += sorted(cells, key=lambda c: c["us"] or float("inf"))
-    return results
+def entries_of(cells: list[dict[str, Any]], gpu: str, triton: str, dtype: str) -> dict[Key, Entry]:
+    """The fastest right configuration of each cell whose M is a bucket, as a table."""
+    found: dict[Key, Entry] = {}
+    for cell in cells:
+        scheme = dispatch.scheme_label(4, GROUP, True, cell["k"])
+        key = Key(gpu, triton, dtype, scheme, cell["n"], cell["k"], cell["m"])
+        if cell["us"] is not None and dispatch.m_bucket(key.m) == key.m:
+            tunable = TUNABLES[cell["kernel"]]
+            entry = Entry(Choice(tunable.name, cell["config"]), cell["us"], tunable.n_multiple, tunable.k_multiple)
+            if key not in found or entry.us < found[key].us:
+                found[key] = entry
+    return found
+
+
+def add_to_table(directory: Path, found: dict[Key, Entry], about: dict[str, Any]) -> Path:
+    """Merge entries of one GPU and Triton version into its file in `directory`; new ones replace old ones."""
+    first = next(iter(found))
+    path = directory / table_file.file_name(first.gpu, first.triton)
+    table_file.write(path, first.gpu, first.triton, table_file.read(path, first.gpu, first.triton) | found, about)
+    return path
+
+
+def _print_cell(n: int, k: int, m: int, here: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    failed = [c for c in here if c["us"] is None]
+    print(f"N={n} K={k} M={m}: roof {roofline_us(m, n, k, machine):.1f} us, {len(here)} tried, {len(failed)} not right")
+    rules = {t.name: t.default(m, n, k) for t in TUNABLES.values() if t.takes(n, k)}
+    for i, c in enumerate(c for c in here if c["us"] is not None):
+        rule = rules[c["kernel"]]
+        own = rule is not None and c["config"] == vars(rule)
+        if i < 4 or own:
+            what = " ".join(f"{name} {int(value)}" for name, value in c["config"].items())
+            print(f"   {c['us']:8.1f}  {c['kernel']}: {what} err {c['error']:.1e}" + (" <- rule" if own else ""))
+    for c in failed[:2]:
+        print(f"   {c['kernel']} {c['config']}: {c['problem']}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x4096,6144x4096,28672x4096,4096x14336,57344x8192")
+    parser.add_argument("--ms", default="1,4,16,64,256,1024")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--kernels", default=",".join(TUNABLES), help="comma list (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, help="directory for tune_<dtype>.json, every figure")
+    parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")
+    args = parser.parse_args(argv)
+    args.ms = [int(m) for m in args.ms.split(",")]
+    args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in args.shapes.split(","))]
+    args.kernels = args.kernels.split(",")
+    if unknown := [name for name in args.kernels if name not in TUNABLES]:
+        parser.error(f"--kernels {','.join(unknown)}: known are {', '.join(TUNABLES)}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096,14336x4096,4096x14336,28672x4096")
-    parser.add_argument("--ms", default="1,16,64,256,1024")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
     torch.set_grad_enabled(False)
-    ms = [int(m) for m in args.ms.split(",")]
     began = time.time()
-    usable, failed = compile_all(ms, args.dtype, args.processes)
-    print(f"compiled {sum(map(len, usable.values()))} kernels in {time.time() - began:.0f} s; unusable: {failed}")
+    tasks = [
+        (name, config, m, args.dtype) for name in args.kernels for m in args.ms for config in TUNABLES[name].grid(m)
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.map(_compile, tasks, chunksize=1)
+    print(f"compiled {len(tasks)} kernels in {time.time() - began:.0f} s")
     machine = describe_machine("cuda")
     print(json.dumps(machine))
+    tunables, dtype = [TUNABLES[name] for name in args.kernels], getattr(torch, args.dtype)
     cells: list[dict[str, Any]] = []
-    for pair in args.shapes.split(","):
-        n, k = (int(v) for v in pair.split("x"))
-        found = tune_shape(n, k, usable, getattr(torch, args.dtype))
+    for n, k in args.shapes:
+        found = tune_shape(n, k, args.ms, tunables, dtype)
         cells += found
-        for m in ms:
-            chosen = w4a16.choose_config(m, n, k, machine["multiprocessors"])
-            here = [c for c in found if c["m"] == m]
-            wrong = sum(c["us"] is None for c in here)
-            print(f"N={n} K={k} M={m}: roof {roofline_us(m, n, k, machine):.1f} us, {len(here)} tried, {wrong} wrong")
-            for c in here[:4] + [c for c in here[4:] if all(c[f] == v for f, v in vars(chosen).items())]:
-                mark = " <- chosen" if all(c[f] == v for f, v in vars(chosen).items()) else ""
-                print("   {us:8.1f}  bm{block_m} bn{block_n} split{split_k} w{num_warps} s{num_stages} "
-                      "asm{use_asm:d} err {error:.1e}".format(**c) + mark)  # fmt: skip
+        for m in args.ms:
+            _print_cell(n, k, m, [c for c in found if c["m"] == m], machine)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(
-                {"metric": "us_per_call", "machine": machine, "unusable": failed, "cells": cells}, indent=1
-            )
-            (args.out / "tune_w4a16.json").write_text(text + "\n")
+            text = json.dumps({"metric": "us_per_call", "machine": machine, "cells": cells}, indent=1)
+            (args.out / f"tune_{args.dtype}.json").write_text(text + "\n")
+    if args.table:
+        gpu = dispatch.normalise_gpu(machine["device"])
+        entries = entries_of(cells, gpu, dispatch.triton_version(), args.dtype)
+        if not entries:
+            raise EnvironmentProblem("no configuration ran right, so there is no table to write; see the figures above")
+        print(f"written: {add_to_table(args.table, entries, {'made_by': 'tune', 'machine': machine})}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""A random W4A16 problem to check and time kernels on, with its answer in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.kernels.reference import dequantize_weight
+
+GROUP = 128
+GUARD_ROWS = 128
+_BLOCK_ELEMENTS = 2**26
+
+
+class Problem:
+    """Codes uint8 [N, K], scale float32 [N, G] exact in float16 and bfloat16, zero uint8 [N, G]; 8 if symmetric."""
+
+    def __init__(self, n: int, k: int, device: str, group: int = GROUP, symmetric: bool = True) -> None:
+        self.n, self.k, self.group, self.symmetric, self.device = n, k, group, symmetric, device
+        gen = torch.Generator(device=device).manual_seed(n * 7 + k)
+        self.codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device, generator=gen)
+        scale = torch.rand((n, k // group), device=device, generator=gen) * 0.010 + 0.005
+        self.scale = scale.to(torch.bfloat16).float()
+        self.zero = torch.full((n, k // group), 8, dtype=torch.uint8, device=device)
+        if not symmetric:
+            self.zero.random_(0, 16, generator=gen)
+
+    def _row_blocks(self) -> list[slice]:
+        """Rows of W that are dequantized in float64 at a time: 0.5 GB at most."""
+        rows = max(1, _BLOCK_ELEMENTS // self.k)
+        return [slice(at, min(at + rows, self.n)) for at in range(0, self.n, rows)]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K], computed in float64 and rounded once."""
+        out = torch.empty(self.n, self.k, dtype=dtype, device=self.device)
+        for rows in self._row_blocks():
+            out[rows] = dequantize_weight(self.codes[rows], self.scale[rows], self.zero[rows], torch.float64).to(dtype)
+        return out
+
+    def x(self, m: int, draw: int = 0) -> Tensor:
+        """float32 [m, K] whose values are exact in bfloat16 and in float16; another `draw`, other values."""
+        gen = torch.Generator(device=self.device).manual_seed(m + 7919 * draw)
+        x = torch.randn((m, self.k), device=self.device, generator=gen)
+        return x.to(torch.bfloat16).to(torch.float16).float()
+
+    def reference(self, x: Tensor) -> Tensor:
+        """x W^T in float64 [M, N]."""
+        out = torch.empty(x.shape[0], self.n, dtype=torch.float64, device=self.device)
+        x64 = x.double()
+        for rows in self._row_blocks():
+            w = dequantize_weight(self.codes[rows], self.scale[rows], self.zero[rows], torch.float64)
+            out[:, rows] = x64 @ w.t()
+        return out
+
+
+def guarded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, K] in `dtype` with rows of NaN before and after it in memory: what reads beyond it shows."""
+    m, k = x.shape
+    buffer = torch.full((m + 2 * GUARD_ROWS, k), float("nan"), dtype=dtype, device=x.device)
+    inner = buffer[GUARD_ROWS : GUARD_ROWS + m]
+    return inner.copy_(x)
