@@ -15,7 +15,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
 from compress.errors import ConfigError, EnvironmentProblem  # noqa: E402
-from compress.kernels import common, w8a8, wna16, wna16_layout  # noqa: E402
+from compress.kernels import common, contenders_wna16, timing, w8a8, wna16, wna16_layout  # noqa: E402
+from compress.kernels.problem import Problem  # noqa: E402
 from compress.kernels.reference import (  # noqa: E402
     dequantize_weight,
     quantize_rows,
@@ -354,6 +355,20 @@ def test_quantlinear_takes_the_kernels_by_name(bits, backend, granularity):
         assert relative_error(y, expected) < 1e-3
         assert layer.form is (Form.KERNEL if backend is Backend.TRITON else Form.INT8)
         assert relative_error(layer.dense_weight(), q.dequantize()) < 1e-6
+
+
+@pytest.mark.parametrize("scheme", ["8", "3", "2", "w8a8"])
+def test_bench_contenders_compute_the_problem(monkeypatch, scheme):
+    """Oracle: the problem's own float64 answer, within the error that bench allows; every contender is there."""
+    monkeypatch.setattr(timing, "ROTATE_BYTES", 1)
+    int8 = scheme == "w8a8"
+    p = Problem(48, 256, DEVICE, 256 if int8 else 128, bits=8 if int8 else int(scheme))
+    rows = contenders_wna16.gpu_contenders(p, torch.float16, int8, paths=True)
+    assert [c.kind for c in rows.values()] == (["dense", "peer", "ours"] if int8 else ["dense", "ours", "path", "path"])
+    x = p.x(3)
+    for name, contender in rows.items():
+        y = contender.variants(3)[0][1](contender.weights[0], x.half())
+        assert relative_error(y, p.reference(x)) < (contender.max_error or 1e-3), name
 
 
 @pytest.mark.gpu
