@@ -6,7 +6,8 @@ One packed form of the weight is held at a time; dense weights exist only while 
     PLANAR   uint8 [N, row_bytes]              scale [N', G], zero uint8 [N', G]                   any device, any bits
     INT4     uint8 [N, K/2], ATen's own order  (scale, (8 - zero) * scale) [G, N, 2], activation   CPU, 4 bits, bfloat16
                                                dtype; no zero
-    KERNEL   int16 [ceil(K/128), N, 32]        scale [G, N], zero uint8 [G, N] unless symmetric    CUDA, 4 bits
+    KERNEL   int16 [tiles of K, N, words]      scale [G, N], zero uint8 [G, N] unless symmetric    CUDA, any bits
+    INT8     int8 [N, K padded to 128]         scale [G, N], zero uint8 [G, N] unless symmetric    CUDA, W8A8 by name
 
 A layer is built PLANAR, may move between devices, and takes its final form in `prepare` (the first forward calls it).
 
@@ -28,11 +29,11 @@ from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import cpu_int4, planar, reference
 from compress.kernels.choose import (
     CPU_INT4_MAX_TOKENS,
-    TRITON_MAX_TOKENS,
     Backend,
     backend_problem,
     choose_backend,
     int4_group,
+    triton_max_tokens,
 )
 from compress.quant import Granularity, QuantizedWeight, QuantScheme
 
@@ -41,9 +42,22 @@ class Form(Enum):
     PLANAR = "planar"
     INT4 = "int4"
     KERNEL = "kernel"
+    INT8 = "int8"
 
 
-_FORM_OF = {Backend.CPU_INT4: Form.INT4, Backend.TRITON: Form.KERNEL}
+_FORM_OF = {Backend.CPU_INT4: Form.INT4, Backend.TRITON: Form.KERNEL, Backend.W8A8: Form.INT8}
+_DEVICE_OF = {Backend.CPU_INT4: "cpu", Backend.TRITON: "cuda", Backend.W8A8: "cuda"}
+
+
+def _weight_only(bits: int) -> tuple[Any, Any]:
+    """(matmul, dense) of the weight-only kernel for a width."""
+    if bits == 4:
+        from compress.kernels import dequant, w4a16
+
+        return w4a16.matmul, dequant.dense
+    from compress.kernels import wna16
+
+    return wna16.matmul, wna16.dense
 
 
 def _machine_problem(backend: Backend, device: torch.device) -> str | None:
@@ -52,12 +66,12 @@ def _machine_problem(backend: Backend, device: torch.device) -> str | None:
         if not cpu_int4.has_op():
             return "this torch has no _weight_int4pack_mm_for_cpu"
         return None if cpu_int4.block_rows() else "its packed order on this CPU is unknown"
-    if backend is Backend.TRITON:
+    if backend in (Backend.TRITON, Backend.W8A8):
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        from compress.kernels import w4a16
+        from compress.kernels import common
 
-        return w4a16.device_problem(device)
+        return common.device_problem(device)
     return None
 
 
@@ -106,7 +120,9 @@ class QuantLinear(nn.Module):
             )
         if bias is not None and tuple(bias.shape) != (n,):
             raise ConfigError(f"bias {tuple(bias.shape)} must be ({n},)")
-        native = {Backend.CPU_INT4: "cpu", Backend.TRITON: "cuda"}.get(backend, q.codes.device.type)
+        native = {Backend.CPU_INT4: "cpu", Backend.TRITON: "cuda", Backend.W8A8: "cuda"}.get(
+            backend, q.codes.device.type
+        )
         problem = backend_problem(backend, native, dtype, q.scheme, n, k)
         if problem:
             raise ConfigError(f"backend={backend.value} cannot run a {n}x{k} {q.scheme.label()} weight: {problem}")
@@ -129,8 +145,8 @@ class QuantLinear(nn.Module):
         form = self._choose_form()
         if form is Form.INT4:
             self._take_int4_form()
-        elif form is Form.KERNEL:
-            self._take_kernel_form()
+        elif form is not Form.PLANAR:
+            self._take_gpu_form(form)
         self.form, self.prepared = form, True
 
     def _take_int4_form(self) -> None:
@@ -144,12 +160,24 @@ class QuantLinear(nn.Module):
         packed = cpu_int4.pack(codes, scale, zero, self.dtype)
         self.codes, self.scale, self.zero = packed.packed, packed.scale_offset, None
 
-    def _take_kernel_form(self) -> None:
-        from compress.kernels import w4a16
-
+    def _take_gpu_form(self, form: Form) -> None:
         codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
-        weight = w4a16.pack_kernel_layout(codes, self.scale, None if self.scheme.symmetric else self.zero)
-        self.codes, self.scale, self.zero = weight.words, weight.scale, weight.zero
+        zero = None if self.scheme.symmetric else self.zero
+        if form is Form.INT8:
+            from compress.kernels import w8a8
+
+            int8 = w8a8.pack(codes, self.scale, zero)
+            self.codes, self.scale, self.zero = int8.codes, int8.scale, int8.zero
+        elif self.scheme.bits == 4:
+            from compress.kernels import w4a16
+
+            w4 = w4a16.pack_kernel_layout(codes, self.scale, zero)
+            self.codes, self.scale, self.zero = w4.words, w4.scale, w4.zero
+        else:
+            from compress.kernels import wna16_layout
+
+            wn = wna16_layout.pack(codes, self.scale, zero, self.scheme.bits)
+            self.codes, self.scale, self.zero = wn.words, wn.scale, wn.zero
 
     def _choose_form(self) -> Form:
         device, n, k = self.codes.device, self.out_features, self.in_features
@@ -179,7 +207,7 @@ class QuantLinear(nn.Module):
     def describe(self) -> str:
         """One line for reports: scheme, shape, bytes held, path at few and at many rows."""
         few, many = self.backend_for(1), self.backend_for(1 << 20)
-        limit = TRITON_MAX_TOKENS if few is Backend.TRITON else CPU_INT4_MAX_TOKENS
+        limit = triton_max_tokens(self.scheme.bits) if few is Backend.TRITON else CPU_INT4_MAX_TOKENS
         path = few.value if few is many else f"{few.value} up to {limit} rows, {many.value} above"
         shape = f"{self.out_features}x{self.in_features}"
         return f"{self.scheme.label()} {shape}, {self.weight_bytes} bytes, {self.codes.device.type}: {path}"
@@ -210,9 +238,12 @@ class QuantLinear(nn.Module):
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if backend is Backend.TRITON:
-            from compress.kernels import w4a16
+            matmul, _ = _weight_only(self.scheme.bits)
+            return matmul(x, self._kernel_weight(), bias)
+        if backend is Backend.W8A8:
+            from compress.kernels import w8a8
 
-            return w4a16.matmul(x, self._kernel_weight(), bias)
+            return w8a8.matmul(x, self._int8_weight(), bias)
         if backend is Backend.CPU_INT4:
             y = cpu_int4.int4_matmul(x, self._int4_weight())
             return y if bias is None else y.add_(bias)
@@ -227,9 +258,12 @@ class QuantLinear(nn.Module):
             codes = planar.unpack(self.codes, self.scheme.bits, self.in_features)
             return reference.dequantize_weight(codes, self.scale, self.zero).to(dtype)
         if self.form is Form.KERNEL:
-            from compress.kernels import dequant
+            _, dense = _weight_only(self.scheme.bits)
+            return dense(self._kernel_weight(), dtype)
+        if self.form is Form.INT8:
+            from compress.kernels import w8a8
 
-            return dequant.dense(self._kernel_weight(), dtype)
+            return w8a8.dense(self._int8_weight(), dtype)
         return torch.cat([w for _, w in self._dense_blocks(dtype)])
 
     def _dense_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -239,12 +273,24 @@ class QuantLinear(nn.Module):
         return planar.dense_blocks(self.codes, self.scale, self.zero, self.scheme.bits, self.in_features, dtype)
 
     def _kernel_weight(self) -> Any:
-        from compress.kernels import w4a16
+        n, k = self.out_features, self.in_features
+        if self.scheme.bits == 4:
+            from compress.kernels import w4a16
 
-        groups = self.scale.shape[0]
-        padded = self.codes.shape[0] * w4a16.TILE_K.value
-        group_size = self.in_features // groups if groups > 1 else padded
-        return w4a16.KernelWeight(self.codes, self.scale, self.zero, self.out_features, self.in_features, group_size)
+            groups = self.scale.shape[0]
+            group_size = k // groups if groups > 1 else self.codes.shape[0] * w4a16.TILE_K.value
+            return w4a16.KernelWeight(self.codes, self.scale, self.zero, n, k, group_size)
+        from compress.kernels import wna16_layout
+
+        group_size = wna16_layout.group_size_of(self.codes, self.scale, self.scheme.bits, k)
+        return wna16_layout.PackedWeight(self.codes, self.scale, self.zero, self.scheme.bits, n, k, group_size)
+
+    def _int8_weight(self) -> Any:
+        from compress.kernels import w8a8
+
+        groups, k = self.scale.shape[0], self.in_features
+        group_size = k // groups if groups > 1 else self.codes.shape[1]
+        return w8a8.Int8Weight(self.codes, self.scale, self.zero, self.out_features, k, group_size)
 
     def _int4_weight(self) -> cpu_int4.CpuInt4Weight:
         group_size = self.in_features // self.scale.shape[0]

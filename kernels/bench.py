@@ -1,4 +1,4 @@
-"""python -m compress.kernels.bench: every way to compute y = x W^T from 4-bit weights, side by side in one run.
+"""python -m compress.kernels.bench: every way to compute y = x W^T from packed weights, side by side in one run.
 
 Metric: microseconds a call at a given M (rows of x): the median of replays of a CUDA graph over rotating weight copies
 larger than the L2, the contenders of a cell taking turns (`compress.kernels.timing`); p95 beside it in the JSON.
@@ -11,9 +11,11 @@ Contenders on a GPU: cuBLAS in --dtype (the baseline, timed again when a shape i
 tinygemm, this project ("ours" is what a QuantLinear with backend=auto runs; --paths adds the two that it chooses from),
 and gemlite and Humming where installed (`compress.kernels.peers`; pip install 'compress-llm[peers]'). A peer that is
 absent or raises is named, and the rest goes on. The roofline is max(bytes / copy bandwidth, flops / matmul rate), bytes
-being 4-bit codes, scales, x and y once, both ceilings measured in the same run.
+being codes, scales, x and y once, both ceilings measured in the same run.
 
-Weights are symmetric, group 128. One table a shape, then one JSON line; --out DIR keeps it, and the tables as Markdown.
+Weights are symmetric, group 128, of 4 bits. --bits 8, 3 or 2 takes another width and --bits w8a8 8-bit weights with one
+scale a row and activations rounded to 8 bits, which may be wrong by 0.03; other peers than torch are for 4 bits only.
+One table a shape, then one JSON line; --out DIR keeps it, and the tables as Markdown.
 
     python -m compress.kernels.bench --out DIR --roofline roofline.html
     python -m compress.kernels.bench --shapes 4096x4096,28672x4096 --ms 1,16,256 --dtype bfloat16 --peers none
@@ -65,7 +67,7 @@ class Trial:
 
     @property
     def right(self) -> bool:
-        return self.problem is None and self.error < MAX_ERROR
+        return self.problem is None and self.error < (self.contender.max_error or MAX_ERROR)
 
     def cell(self) -> dict[str, Any]:
         error = self.error if self.problem is None and math.isfinite(self.error) else None
@@ -194,6 +196,10 @@ def contenders_of(
 ) -> dict[str, Contender]:
     if args.device == "cpu":
         return contenders.cpu_contenders(p, args.dtype)
+    if args.bits != "4":
+        from compress.kernels import contenders_wna16
+
+        return contenders_wna16.gpu_contenders(p, args.dtype, args.bits == "w8a8", args.paths)
     rows = contenders.gpu_contenders(p, args.dtype, args.paths)
     for name, peer in built.items():
         try:
@@ -245,23 +251,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
     parser.add_argument("--ms", help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
+    parser.add_argument("--bits", default="4", choices=("4", "8", "3", "2", "w8a8"), help="width of the weights")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
     parser.add_argument("--paths", action="store_true", help='also time both paths behind "ours" at every M')
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of timing for a cell on a CPU")
-    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>.json and .md")
+    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>[_<bits>].json, .md")
     parser.add_argument("--roofline", type=Path, help="plot of rates against arithmetic intensity: .html, .png or .svg")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "bfloat16"))
     args.ms = sorted({int(m) for m in (args.ms or DEFAULT_MS[args.device]).split(",")})
     pairs = (args.shapes or DEFAULT_SHAPES[args.device]).split(",")
     args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in pairs)]
-    args.peers = [] if args.peers == "none" or args.device == "cpu" else args.peers.split(",")
+    args.peers = [] if args.peers == "none" or args.device == "cpu" or args.bits != "4" else args.peers.split(",")
     for n, k in args.shapes:
         if k % GROUP:
             parser.error(f"shape {n}x{k}: K must be a multiple of {GROUP}")
     unknown = [name for name in args.peers if name not in peers.PEERS]
     if unknown:
         parser.error(f"--peers {','.join(unknown)}: known are {', '.join(peers.PEERS)}, or none")
+    if args.bits == "w8a8" and (args.device == "cpu" or args.roofline):
+        parser.error("--bits w8a8 needs a GPU, and its ceiling is not the float16 one of --roofline")
     if args.roofline and args.device == "cpu":
         parser.error("--roofline needs the ceilings of a GPU; leave it out on a CPU")
     if args.roofline and args.roofline.suffix not in bench_plot.SUFFIXES:
@@ -280,12 +289,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     gc.freeze()  # a capture collects garbage first; what is imported by now is not worth looking through
     cells: list[dict[str, Any]] = []
     for n, k in args.shapes:
-        p = Problem(n, k, args.device)
+        p = (
+            Problem(n, k, args.device, k, bits=8)
+            if args.bits == "w8a8"
+            else Problem(n, k, args.device, bits=int(args.bits))
+        )
         found = measure_shape(p, args, contenders_of(p, args, built, problems))
         print(bench_report.text_table(n, k, args.ms, found, machine), flush=True)
         cells += found
     return {
         "metric": "us_per_call",
+        "bits": args.bits,
         "group": GROUP,
         "dtype": str(args.dtype).removeprefix("torch."),
         "machine": machine,
@@ -307,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         if c["problem"]:
             print(f"{c['what']} at {c['n']}x{c['k']}, M={c['m']}: {c['problem']}")
     if args.out:
-        stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}"
+        width = "" if args.bits == "4" else f"_{args.bits}"
+        stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}{width}"
         command = "python -m compress.kernels.bench " + " ".join(argv if argv is not None else sys.argv[1:])
         print("written: " + ", ".join(map(str, bench_report.write(stem, record, args.ms, command))))
     if args.roofline:

@@ -17,10 +17,19 @@ def cell_bytes(m: int, n: int, k: int, bits: float) -> float:
     return n * k * bits / 8 + 2 * m * (n + k)
 
 
-def roofline_us(m: int, n: int, k: int, ceilings: dict[str, Any], group: int = 128) -> float:
-    """Least microseconds of y = x W^T with 4-bit codes and a 16-bit scale a group."""
-    moved = cell_bytes(m, n, k, 4 + 16 / group)
-    return max(moved / ceilings["copy_TB_per_s"], 2 * m * n * k / ceilings["fp16_TFLOP_per_s"]) / 1e6
+def roofline_us(
+    m: int, n: int, k: int, ceilings: dict[str, Any], bits: float = 4 + 16 / 128, int8: bool = False
+) -> float:
+    """Least microseconds of y = x W^T at `bits` a weight; int8 arithmetic is taken as twice as fast as float16's."""
+    rate = ceilings["fp16_TFLOP_per_s"] * (2 if int8 else 1)
+    return max(cell_bytes(m, n, k, bits) / ceilings["copy_TB_per_s"], 2 * m * n * k / rate) / 1e6
+
+
+def _roofline_row(n: int, k: int, ms: list[int], cells: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
+    """The roofline of the narrowest weight among the cells of a shape."""
+    bits = min(c["bits"] for c in cells if (c["n"], c["k"]) == (n, k))
+    int8 = any("w8a8" in c["what"] for c in cells)
+    return [f"{roofline_us(m, n, k, machine, bits, int8):.1f}" for m in ms]
 
 
 def by_contender(cells: list[dict[str, Any]], n: int, k: int) -> Cells:
@@ -62,7 +71,7 @@ def text_table(n: int, k: int, ms: list[int], cells: list[dict[str, Any]], machi
     rows = by_contender(cells, n, k)
     lines = ["", f"N={n} K={k}, microseconds (relative error)", line("M", [str(m) for m in ms])]
     if "copy_TB_per_s" in machine:
-        lines.append(line("roofline", [f"{roofline_us(m, n, k, machine):.1f}" for m in ms]))
+        lines.append(line("roofline", _roofline_row(n, k, ms, cells, machine)))
     lines += [line(name, [figure(row[m]) for m in ms]) for name, row in rows.items()]
     lines += [line(label, texts) for label, texts in _ratio_rows(rows, ms, lambda ratio, _: f"{ratio:.2f}").items()]
     return "\n".join(lines)
@@ -100,7 +109,7 @@ def _markdown_rows(record: dict[str, Any], n: int, k: int, ms: list[int]) -> lis
     rows, machine = by_contender(record["cells"], n, k), record["machine"]
     table: dict[str, list[str]] = {}
     if "copy_TB_per_s" in machine:
-        table["roofline"] = [f"{roofline_us(m, n, k, machine):.1f}" for m in ms]
+        table["roofline"] = _roofline_row(n, k, ms, record["cells"], machine)
     for name, row in rows.items():
         own = row[ms[0]]["kind"] == "ours"
         table[f"**{name}**" if own else name.strip()] = [_figure(row[m]) for m in ms]

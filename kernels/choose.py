@@ -1,13 +1,14 @@
 """Which path computes y = x W^T: the rules of QuantLinear's Backend.AUTO, as pure functions.
 
-    CUDA, 4 bits, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
-        TRITON up to TRITON_MAX_TOKENS rows of x; above, DEQUANT (one kernel, then cuBLAS)
+    CUDA, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
+        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS)
     CPU, 4 bits, groups of 32/64/128/256 inputs (or one scale a row), N a multiple of 16, bfloat16 activations:
         CPU_INT4 up to CPU_INT4_MAX_TOKENS rows of x; above, DEQUANT
     everything else: DEQUANT
 
 ATen's int4 matmul takes float32 and float16 activations too, but is scalar code there and slower than dequantizing, so
-AUTO never takes it; named explicitly it runs. NOTES.md has the measurements behind the two limits.
+AUTO never takes it; named explicitly it runs. So does W8A8, which AUTO never takes because it rounds activations.
+NOTES.md has the measurements behind the limits for 4 bits; that of the other widths is not yet measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from compress.quant import Granularity, QuantScheme
 
 CPU_INT4_MAX_TOKENS = 64
 TRITON_MAX_TOKENS = 512
+# 8, 3 and 2 bits; not yet measured
+WNA16_MAX_TOKENS = 256
 
 
 class Backend(Enum):
@@ -28,7 +31,8 @@ class Backend(Enum):
 
     AUTO: the rules above. REFERENCE: unpack, dequantize in float32, F.linear; the twin of all others.
     DEQUANT: dense rows in x's dtype from the held form, then a dense matmul. CPU_INT4: ATen's packed int4 matmul.
-    TRITON: the W4A16 kernel. Any but AUTO is used at every M or raises.
+    TRITON: the weight-only kernel, W4A16 or WnA16. W8A8: 8-bit weights, activations rounded to 8 bits a row.
+    Any but AUTO is used at every M or raises.
     """
 
     AUTO = "auto"
@@ -36,16 +40,23 @@ class Backend(Enum):
     DEQUANT = "dequant"
     CPU_INT4 = "cpu_int4"
     TRITON = "triton"
+    W8A8 = "w8a8"
+
+
+def triton_max_tokens(bits: int) -> int:
+    """Rows of x up to which AUTO runs the weight-only kernel on a GPU."""
+    return TRITON_MAX_TOKENS if bits == 4 else WNA16_MAX_TOKENS
 
 
 def backend_problem(
     backend: Backend, device_type: str, dtype: torch.dtype, scheme: QuantScheme, n: int, k: int
 ) -> str | None:
     """Why `backend` cannot compute x of `dtype` with an [n, k] weight of `scheme` there; None if it can."""
-    if backend not in (Backend.CPU_INT4, Backend.TRITON):
+    if backend not in (Backend.CPU_INT4, Backend.TRITON, Backend.W8A8):
         return None
-    if scheme.bits != 4:
-        return f"it takes 4-bit weights, not {scheme.bits}"
+    width = {Backend.CPU_INT4: 4, Backend.W8A8: 8}.get(backend, scheme.bits)
+    if scheme.bits != width:
+        return f"it takes {width}-bit weights, not {scheme.bits}"
     grouped = scheme.granularity is Granularity.GROUP
     if backend is Backend.CPU_INT4:
         if device_type != "cpu":
@@ -69,7 +80,7 @@ def choose_backend(
 ) -> Backend:
     """What AUTO runs for x [m, K] of `dtype` and a weight of `shape` [N, K]; never AUTO or REFERENCE."""
     if device_type == "cuda":
-        fused, limit = Backend.TRITON, TRITON_MAX_TOKENS
+        fused, limit = Backend.TRITON, triton_max_tokens(scheme.bits)
     elif device_type == "cpu" and dtype is torch.bfloat16:
         fused, limit = Backend.CPU_INT4, CPU_INT4_MAX_TOKENS
     else:

@@ -24,13 +24,17 @@ Call = Callable[[Any, Tensor], Tensor]  # call(weight, x [M, K]) -> y [M, N] in 
 
 @dataclass
 class Contender:
-    """dtype: of x and y. variants(m): (label, call) pairs. kind: "dense", "ours" or "peer"."""
+    """dtype: of x and y. variants(m): (label, call) pairs. kind: "dense", "ours" or "peer".
+
+    max_error: above which a result is wrong, where it is not that of `bench`.
+    """
 
     dtype: torch.dtype
     weights: list[Any]
     variants: Callable[[int], list[tuple[str, Call]]]
     kind: str
     weight_bits: float
+    max_error: float | None = None
 
     @classmethod
     def of(cls, dtype: torch.dtype, weights: list[Any], call: Call, kind: str, weight_bits: float) -> Contender:
@@ -38,8 +42,8 @@ class Contender:
 
 
 def quantized_bits(p: Problem) -> float:
-    """Bits a weight that every kernel must read: 4 for the code and a 16-bit scale a group."""
-    return 4 + 16 / p.group
+    """Bits a weight that every kernel must read: the code and a 16-bit scale a group."""
+    return p.bits + 16 / p.group
 
 
 def auto_path(m: int, n: int, k: int, dtype: torch.dtype, group_size: int) -> Backend:
@@ -89,7 +93,7 @@ def gpu_contenders(p: Problem, dtype: torch.dtype, paths: bool = False) -> dict[
 
 
 def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
-    rows, bits = planar.pack(p.codes, 4), quantized_bits(p)
+    rows, bits = planar.pack(p.codes, p.bits), quantized_bits(p)
     result: dict[str, Contender] = {}
     for dt in dict.fromkeys((torch.float32, dtype)):
         name = str(dt).removeprefix("torch.")
@@ -98,11 +102,11 @@ def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
         result[f"dequant + F.linear {name}"] = Contender.of(
             dt,
             [rows],
-            lambda w, x: planar.linear_by_blocks(x, p.n, planar.dense_blocks(w, p.scale, p.zero, 4, p.k, x.dtype)),
+            lambda w, x: planar.linear_by_blocks(x, p.n, planar.dense_blocks(w, p.scale, p.zero, p.bits, p.k, x.dtype)),
             "path",
             bits,
         )
-        if cpu_int4.has_op() and p.n % 16 == 0 and cpu_int4.block_rows():
+        if p.bits == 4 and cpu_int4.has_op() and p.n % 16 == 0 and cpu_int4.block_rows():
             packed = cpu_int4.pack(p.codes, p.scale, p.zero, dt)
             result[f"int4 op {name}"] = Contender.of(
                 dt, [packed], lambda w, x: cpu_int4.int4_matmul(x, w), "path", bits

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.errors import ConfigError, EnvironmentProblem
-from compress.kernels.w4a16 import KernelWeight, device_problem
+from compress.errors import ConfigError
+from compress.kernels import common
+from compress.kernels.w4a16 import KernelWeight
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,9 +51,7 @@ def launch(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
         ConfigError: another dtype.
         EnvironmentProblem: the device cannot run Triton kernels.
     """
-    problem = device_problem(weight.words.device)
-    if problem:
-        raise EnvironmentProblem(f"the dequantization kernel cannot run: {problem}; use backend=auto")
+    common.check_device("dequantization", weight.words.device)
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype} is not supported; use float32, float16 or bfloat16")
     out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)

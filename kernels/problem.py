@@ -1,4 +1,4 @@
-"""A random W4A16 problem to check and time kernels on, with its answer in float64."""
+"""A random problem to check and time kernels on, with its answer in float64."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ _BLOCK_ELEMENTS = 2**26
 
 
 class Problem:
-    """Codes uint8 [N, K], scale float32 [N, G] exact in float16 and bfloat16, zero uint8 [N, G]; 8 if symmetric."""
+    """Codes uint8 [N, K] below 2^bits, scale float32 [N, G] exact in float16 and bfloat16, zero uint8 [N, G].
 
-    def __init__(self, n: int, k: int, device: str, group: int = GROUP, symmetric: bool = True) -> None:
-        self.n, self.k, self.group, self.symmetric, self.device = n, k, group, symmetric, device
+    symmetric: zero is 2^(bits - 1).
+    """
+
+    def __init__(self, n: int, k: int, device: str, group: int = GROUP, symmetric: bool = True, bits: int = 4) -> None:
+        self.n, self.k, self.group, self.symmetric, self.device, self.bits = n, k, group, symmetric, device, bits
         gen = torch.Generator(device=device).manual_seed(n * 7 + k)
-        self.codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device, generator=gen)
+        self.codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device=device, generator=gen)
         scale = torch.rand((n, k // group), device=device, generator=gen) * 0.010 + 0.005
         self.scale = scale.to(torch.bfloat16).float()
-        self.zero = torch.full((n, k // group), 8, dtype=torch.uint8, device=device)
+        self.zero = torch.full((n, k // group), 2 ** (bits - 1), dtype=torch.uint8, device=device)
         if not symmetric:
-            self.zero.random_(0, 16, generator=gen)
+            self.zero.random_(0, 2**bits, generator=gen)
 
     def _row_blocks(self) -> list[slice]:
         """Rows of W that are dequantized in float64 at a time: 0.5 GB at most."""

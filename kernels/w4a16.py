@@ -31,22 +31,19 @@ Twin: `compress.kernels.reference.w4a16_linear`. Runs under TRITON_INTERPRET=1 o
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.errors import ConfigError, EnvironmentProblem
+from compress.errors import ConfigError
+from compress.kernels import common
+from compress.kernels.common import field_to_float, load_column, tile_of_program
 
 TILE_K = tl.constexpr(128)
 SLICE_K = tl.constexpr(32)
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-MIN_CAPABILITY = (8, 0)
-_ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -106,51 +103,6 @@ def unpack_kernel_layout(weight: KernelWeight) -> Tensor:
     return fields.to(torch.uint8).transpose(0, 1).reshape(weight.n, -1)[:, : weight.k]
 
 
-@triton.jit
-def slice_weights(words, zero, p: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Nibble p of int16 words [BN, 32] minus zero [BN, 1] float32: exact small integers in DTYPE.
-
-    The nibble becomes the low mantissa bits of 1024 (float16) or 128 (bfloat16) and an exact subtraction removes
-    them again. MODE 0: plain Triton. MODE 1: inline PTX, two weights a register, two or three instructions.
-    MODE 2: float32, because the interpreter has no bfloat16 arithmetic.
-    """
-    half: tl.constexpr = tl.float16 == DTYPE
-    one_plus: tl.constexpr = 1024.0 if half else 128.0
-    if MODE == 2:
-        w = ((words >> (4 * p)) & 15).to(tl.float32) - zero
-    elif MODE == 0:
-        biased = ((words >> (4 * p)) & 15) | (0x6400 if half else 0x4300)
-        w = biased.to(DTYPE, bitcast=True) - (zero + one_plus).to(DTYPE)
-    else:
-        bits: tl.constexpr = "4; " if p == 1 else ("8; " if p == 2 else "12; ")
-        shift: tl.constexpr = "" if p == 0 else "shr.b32 t, t, " + bits
-        # t * 1 - base: sub.bf16x2 needs sm_90, fma.bf16x2 only sm_80
-        unbias: tl.constexpr = (
-            "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; add.rn.f16x2 $0, t, $2;}"
-            if half
-            else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, t, one, $2;}"
-        )
-        asm: tl.constexpr = "{.reg .b32 t, one; mov.b32 t, $1; " + shift + unbias
-        minus_base = (-one_plus - zero).to(DTYPE)
-        # `dtype` must be a literal: the call does not unwrap a constexpr
-        if half:
-            w = tl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            w = tl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=tl.bfloat16, is_pure=True, pack=2)
-    return w
-
-
-@triton.jit
-def _load_column(ptr, rn, g, N, EVEN_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row g of a [G, N] array at columns rn, as float32 [BN, 1]."""
-    offsets = ptr + (tl.zeros((), tl.int64) + N) * g + rn
-    if EVEN_N:
-        column = tl.load(offsets, eviction_policy="evict_last")
-    else:
-        column = tl.load(offsets, mask=rn < N, other=0, eviction_policy="evict_last")
-    return column.to(tl.float32)[:, None]
-
-
 @triton.jit(do_not_specialize=["M", "tiles", "tiles_per_split"])
 def _w4a16_kernel(  # type: ignore[no-untyped-def]
     x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles, tiles_per_split, out_split_stride,
@@ -159,13 +111,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T over one split of K; see the module docstring."""
     pid, split = tl.program_id(0), tl.program_id(1)
-    # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first_n = pid // (GROUP_N * m_tiles) * GROUP_N
-    width = min(n_tiles - first_n, GROUP_N)
-    within = pid % (GROUP_N * m_tiles)
-    pid_n, pid_m = first_n + within % width, within // width
-
+    pid_n, pid_m = tile_of_program(pid, M, N, BLOCK_M, BLOCK_N, GROUP_N)
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rj = tl.arange(0, 32)
@@ -187,9 +133,9 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
             words = tl.load(w_at, mask=rn[:, None] < N, other=0, eviction_policy="evict_first")
         if GROUP % 128 == 0:
             g = t // (GROUP // 128)
-            scale = _load_column(scale_ptr, rn, g, N, EVEN_N)
+            scale = load_column(scale_ptr, rn, g, N, EVEN_N)
             if HAS_ZERO:
-                zero = _load_column(zero_ptr, rn, g, N, EVEN_N)
+                zero = load_column(zero_ptr, rn, g, N, EVEN_N)
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for p in tl.static_range(4):
             k = t * 128 + p * 32
@@ -199,10 +145,10 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
                 x = tl.load(x_tile + k, mask=m_mask & (k + rj[:, None] < K), other=0.0, eviction_policy="evict_last")
             if GROUP % 128 != 0:
                 g = min(k, K - 1) // GROUP  # slices beyond K hold x = 0; any scale in range will do
-                scale = _load_column(scale_ptr, rn, g, N, EVEN_N)
+                scale = load_column(scale_ptr, rn, g, N, EVEN_N)
                 if HAS_ZERO:
-                    zero = _load_column(zero_ptr, rn, g, N, EVEN_N)
-            w = slice_weights(words, zero, p, dtype, MODE)
+                    zero = load_column(zero_ptr, rn, g, N, EVEN_N)
+            w = field_to_float(words, zero, 4 * p, 15, dtype, MODE)
             if GROUP % 128 == 0:
                 part = tl.dot(w, x.to(dot_dtype), part)
             else:
@@ -211,24 +157,9 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
             acc += part * scale
 
     if HAS_BIAS:
-        acc += _load_column(bias_ptr, rn, 0, N, EVEN_N)
+        acc += load_column(bias_ptr, rn, 0, N, EVEN_N)
     out = out_ptr + split.to(tl.int64) * out_split_stride + rm.to(tl.int64)[None, :] * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=m_mask & (rn[:, None] < N))
-
-
-@triton.jit(do_not_specialize=["size", "N"])
-def _sum_splits_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out [M, N] = sum over s of partial [SPLIT, M, N] float32, in order of s (+ bias)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
-        total += tl.load(partial_ptr + (tl.zeros((), tl.int64) + size) * s + i, mask=mask, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def choose_config(m: int, n: int, k: int, n_sms: int) -> Config:
@@ -249,46 +180,15 @@ def choose_config(m: int, n: int, k: int, n_sms: int) -> Config:
     return Config(block_m, block_n, 1 << (split.bit_length() - 1), warps, num_stages=3)
 
 
-@cache
-def device_problem(device: torch.device) -> str | None:
-    """Why the kernel cannot run on this device, or None."""
-    if INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return f"device {device} is not a CUDA GPU (set TRITON_INTERPRET=1 to run the kernel in Triton's interpreter)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    return None
-
-
-@cache
-def _n_sms(device: torch.device) -> int:
-    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
-    problem = device_problem(x.device)
-    if problem:
-        raise EnvironmentProblem(f"the W4A16 kernel cannot run: {problem}; use backend=auto")
-    if x.dtype not in _ACTIVATIONS:
-        raise ConfigError(f"x is {x.dtype}; the W4A16 kernel takes float16 or bfloat16, use backend=auto for others")
-    tiles, n = words.shape[0], words.shape[1]
+    common.check_device("W4A16", x.device)
+    common.check_activations("W4A16", x)
+    tiles = words.shape[0]
     if words.dtype is not torch.int16 or words.dim() != 3 or words.shape[2] != 32:
         raise ConfigError(f"words are {words.dtype} {tuple(words.shape)}; build them with pack_kernel_layout")
-    if x.dim() != 2 or -(-x.shape[1] // TILE_K.value) != tiles:
+    if -(-x.shape[1] // TILE_K.value) != tiles:
         raise ConfigError(f"x is {tuple(x.shape)}, but the weight has {tiles} tiles of {TILE_K.value} inputs")
-    groups = -(-x.shape[1] // group_size) if group_size > 0 else 0
-    for name, t, shape in (("scale", scale, (groups, n)), ("zero", zero, (groups, n)), ("bias", bias, (n,))):
-        if t is not None and tuple(t.shape) != shape:
-            raise ConfigError(f"{name} is {tuple(t.shape)}, expected {shape} for group size {group_size}")
-    if group_size % SLICE_K.value:
-        raise ConfigError(f"group_size={group_size} must be a multiple of {SLICE_K.value}")
-    for name, t in (("x", x), ("words", words), ("scale", scale), ("zero", zero), ("bias", bias)):
-        if t is not None and not t.is_contiguous():
-            raise ConfigError(f"{name} with strides {t.stride()} is not contiguous; call .contiguous() first")
-        if t is not None and t.device != x.device:
-            raise ConfigError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
+    common.check_operands(x, words, scale, zero, bias, group_size)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
@@ -308,12 +208,12 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    config = config or choose_config(m, n, k, _n_sms(x.device))
+    config = config or choose_config(m, n, k, common.n_sms(x.device))
     tiles = weight.words.shape[0]
     per_split = -(-tiles // config.split_k)
     split = -(-tiles // per_split)
     out = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
-    mode = (2 if x.dtype is torch.bfloat16 else 0) if INTERPRETED else int(config.use_asm)
+    mode = (2 if x.dtype is torch.bfloat16 else 0) if common.INTERPRETED else int(config.use_asm)
     grid = (-(-n // config.block_n) * -(-m // config.block_m), split)
     _w4a16_kernel[grid](
         x, weight.words, weight.scale, weight.zero, bias if split == 1 else None, out, m, n, k, tiles, per_split, m * n,
@@ -322,10 +222,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
         GROUP_N=8, STAGES=config.num_stages, MODE=mode, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split > 1:
-        block = 256
-        _sum_splits_kernel[(-(-y.numel() // block),)](
-            out, bias, y, y.numel(), n, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=block, num_warps=2
-        )
+        common.sum_splits(out, bias, y)
     return y
 
 

@@ -16,7 +16,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
 from compress.errors import ConfigError, EnvironmentProblem  # noqa: E402
-from compress.kernels import cpu_int4, dequant, planar, w4a16  # noqa: E402
+from compress.kernels import common, cpu_int4, dequant, planar, w4a16  # noqa: E402
 from compress.kernels.reference import dequantize_weight, relative_error, w4a16_linear  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -152,12 +152,12 @@ def test_operator_has_a_fake_and_refuses_what_it_cannot_do():
 
 def test_device_problem_names_the_reason(monkeypatch):
     """Oracle: EnvironmentProblem on a CPU without the interpreter, and below compute capability 8.0."""
-    monkeypatch.setattr(w4a16, "INTERPRETED", False)
-    probe = w4a16.device_problem.__wrapped__
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    probe = common.device_problem.__wrapped__
     assert "not a CUDA GPU" in probe(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5 is below 8.0" in probe(torch.device("cuda"))
-    monkeypatch.setattr(w4a16, "device_problem", probe)
+    monkeypatch.setattr(common, "device_problem", probe)
     x, codes, scale, _, _ = problem(16, 32, 32, True, device="cpu")
     with pytest.raises(EnvironmentProblem, match="backend=auto"):
         w4a16.launch(x, w4a16.pack_kernel_layout(codes, scale, None))

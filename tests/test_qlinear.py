@@ -13,12 +13,12 @@ from compress.kernels import planar
 from compress.kernels.reference import relative_error
 from compress.qlinear import (
     CPU_INT4_MAX_TOKENS,
-    TRITON_MAX_TOKENS,
     Backend,
     Form,
     QuantLinear,
     backend_problem,
     choose_backend,
+    triton_max_tokens,
 )
 from compress.quant import Granularity, QuantizedWeight, QuantScheme, choose_qparams, quantize
 
@@ -84,14 +84,17 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch):
 
 def test_auto_is_the_documented_function():
     """Oracle: the rule in the module docstring, line by line."""
-    w4, w8 = QuantScheme(), QuantScheme(bits=8)
+    w4 = QuantScheme()
     shape = (4096, 4096)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     assert choose_backend("cuda", fp16, w4, shape, 1) is Backend.TRITON
-    assert choose_backend("cuda", bf16, w4, shape, TRITON_MAX_TOKENS) is Backend.TRITON
-    assert choose_backend("cuda", bf16, w4, shape, TRITON_MAX_TOKENS + 1) is Backend.DEQUANT
+    assert choose_backend("cuda", bf16, w4, shape, triton_max_tokens(4)) is Backend.TRITON
+    assert choose_backend("cuda", bf16, w4, shape, triton_max_tokens(4) + 1) is Backend.DEQUANT
     assert choose_backend("cuda", fp32, w4, shape, 1) is Backend.DEQUANT
-    assert choose_backend("cuda", fp16, w8, shape, 1) is Backend.DEQUANT
+    for bits in (2, 3, 8):
+        other = QuantScheme(bits=bits)
+        assert choose_backend("cuda", fp16, other, shape, triton_max_tokens(bits)) is Backend.TRITON
+        assert choose_backend("cuda", fp16, other, shape, triton_max_tokens(bits) + 1) is Backend.DEQUANT
     assert choose_backend("cuda", fp16, QuantScheme(group_size=16), shape, 1) is Backend.DEQUANT
     assert choose_backend("cpu", bf16, w4, shape, CPU_INT4_MAX_TOKENS) is Backend.CPU_INT4
     assert choose_backend("cpu", bf16, w4, shape, CPU_INT4_MAX_TOKENS + 1) is Backend.DEQUANT
@@ -145,7 +148,9 @@ def test_moving_devices_works_before_the_first_use_only():
 def test_named_backends_never_fall_back():
     """Oracle: an error that names the backend and the reason."""
     with pytest.raises(ConfigError, match="4-bit weights, not 8"):
-        QuantLinear.from_quantized(quantized(bits=8), backend=Backend.TRITON, dtype=torch.float16)
+        QuantLinear.from_quantized(quantized(bits=8), backend=Backend.CPU_INT4, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="8-bit weights, not 4"):
+        QuantLinear.from_quantized(quantized(), backend=Backend.W8A8, dtype=torch.float16)
     with pytest.raises(ConfigError, match=r"not torch\.float32"):
         QuantLinear.from_quantized(quantized(), backend=Backend.TRITON)
     with pytest.raises(ConfigError, match="multiple of 16, not 33"):
@@ -154,9 +159,9 @@ def test_named_backends_never_fall_back():
 
 def test_named_triton_on_a_cpu_raises(monkeypatch):
     """Oracle: EnvironmentProblem at the first forward, not a slower result."""
-    from compress.kernels import w4a16
+    from compress.kernels import common
 
-    monkeypatch.setattr(w4a16, "device_problem", lambda device: "no GPU here")
+    monkeypatch.setattr(common, "device_problem", lambda device: "no GPU here")
     layer = QuantLinear.from_quantized(quantized(), backend=Backend.TRITON, dtype=torch.float16)
     with pytest.raises(EnvironmentProblem, match="backend=triton cannot run on cpu: no GPU here"):
         layer(torch.randn(1, 256).half())
@@ -198,8 +203,8 @@ def test_gpu_paths_equal_the_dense_matmul(bits, granularity, symmetric):
             if backend_problem(backend, "cuda", dtype, q.scheme, 160, 384):
                 continue
             layer = QuantLinear.from_quantized(q.to("cpu"), bias.cpu(), backend, dtype).to("cuda")
-            for m in (1, 17, TRITON_MAX_TOKENS + 1):
+            for m in (1, 17, triton_max_tokens(bits) + 1):
                 x = torch.randn(m, 384, device="cuda").to(dtype)
                 assert relative_error(layer(x), expected(q, x, bias)) < bound, (backend, dtype, m)
-            if backend is Backend.AUTO and bits == 4:
+            if backend is Backend.AUTO:
                 assert layer.form is Form.KERNEL
