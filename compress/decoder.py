@@ -14,6 +14,7 @@ replayed at every position. Elsewhere than on CUDA the step runs on the kernels'
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,7 +225,4 @@ class _Kernels:
         self.workspace = decode_attention.make_workspace(decoder.batch, heads, self.config.splits, device)
         self.pdl = pdl_launch.supported(device) if pdl is None else pdl
         self.rms_norm, self.silu_mul = decode_ops.rms_norm, decode_ops.silu_mul
-        self._attention = decode_attention.attention
-
-    def attention(self, *operands: Any) -> Tensor:
-        return self._attention(*operands, config=self.config, workspace=self.workspace, pdl=self.pdl)
+        self.attention = partial(decode_attention.attention, config=self.config, workspace=self.workspace, pdl=self.pdl)

@@ -7,6 +7,7 @@ the order of sums differs from transformers. One test runs the kernels of a whol
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ PROMPT, STEPS, CAPACITY = 7, 5, 16
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
 
