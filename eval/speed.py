@@ -45,7 +45,8 @@ class SpeedRow:
 
     `peak_memory_bytes` is the model's resident weights plus the most that its cache, activations and workspaces
     added during the phase. On CUDA that is exact, from torch's allocator. On a CPU it is the growth of the resident
-    set of the process, which misses pages the allocator already had; null where the system does not tell.
+    set of the process, which misses pages the allocator already had; null where the system does not tell. The fused
+    copies that `compress.decoder` makes of packed weights are left out: a process that only decodes holds one of both.
 
     `kernels` counts the quantized layers by the path that computed them, for example {"triton": 224}.
     """
