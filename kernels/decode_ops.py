@@ -113,7 +113,7 @@ def check_operands(x: Tensor, others: dict[str, tuple[Tensor | None, tuple[int, 
     if problem:
         raise EnvironmentProblem(f"the decode kernels cannot run: {problem}; use compress.kernels.decode_reference")
     if x.dtype not in _DTYPES or x.dim() != 2:
-        raise ConfigError(f"x is {x.dtype} {tuple(x.shape)}; the decode kernels take a matrix of float16 or bfloat16")
+        raise ConfigError(f"x is {x.dtype} {tuple(x.shape)}; the decode kernels take a matrix of {_DTYPES}")
     for name, (t, shape) in {"x": (x, tuple(x.shape)), **others}.items():
         if t is None:
             continue
