@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _VERIFY_TOKENS = 64
 _EXPECTED = "verify.safetensors"
 _RUN_CODE = ("qlinear.py", "loading.py", "kernels", "measure.py")
+_DECODE_CODE = ("decoder.py", "decode_weights.py")
 
 
 def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
             "bench": to_plain(config.bench),
             "code": code,
             **place,
-            "eval": code_sha256("eval"),
+            "eval": code_sha256("eval", *_DECODE_CODE),
         }
         speed = run.stage("bench", inputs, lambda: measure_speed(run))
     if evaluation is not None:

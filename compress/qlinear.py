@@ -1,4 +1,4 @@
-"""QuantLinear: a linear layer that computes from packed codes. The only module that imports `compress.kernels`.
+"""QuantLinear: a linear layer that computes from packed codes. With `decoder`, the only importer of `compress.kernels`.
 
 One packed form of the weight is held at a time; dense weights exist only while a matmul runs.
 
@@ -271,6 +271,11 @@ class QuantLinear(nn.Module):
             return cpu_int4.dense_blocks(self._int4_weight(), dtype)
         assert self.zero is not None
         return planar.dense_blocks(self.codes, self.scale, self.zero, self.scheme.bits, self.in_features, dtype)
+
+    def kernel_weight(self) -> Any:
+        """The `w4a16.KernelWeight` that this layer holds, sharing its buffers; None in another form."""
+        self.prepare()
+        return self._kernel_weight() if self.form is Form.KERNEL else None
 
     def _kernel_weight(self) -> Any:
         n, k = self.out_features, self.in_features

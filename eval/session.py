@@ -1,7 +1,8 @@
 """One model at one batch size, timed pass by pass: its token ids, its KV cache and its decode step.
 
 On CUDA a decode step over a static KV cache is recorded once as a CUDA graph and replayed: launched one by one, the
-kernels of a small step wait for Python. `choose_launch` does so for all models of a comparison or for none.
+kernels of a small step wait for Python. The step is that of `compress.decoder` where it knows the model, otherwise that
+of transformers. `choose_launch` decides for all models of a comparison together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from compress.config import BenchConfig
+from compress.decode_weights import read_model
+from compress.decoder import Decoder
+from compress.errors import ConfigError, EnvironmentProblem, UnsupportedModel
 from compress.eval.memory import MemoryProbe, resident_bytes
 from compress.eval.roofline import StepShape, Work, count_work, record_linear_calls, synchronize
 from compress.qlinear import QuantLinear
@@ -27,6 +31,7 @@ log = logging.getLogger(__name__)
 PHASES = ("prefill", "decode")
 EAGER = "eager"
 GRAPH = "decode in a CUDA graph, prefill eager"
+ENGINE = "decode by compress.decoder in a CUDA graph, prefill eager"
 
 
 class Session:
@@ -39,6 +44,7 @@ class Session:
         self.work: dict[str, Work] = {}
         self.memory = MemoryProbe(device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.decoder: Decoder | None = None
         vocab = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         shape = (batch, config.prompt_tokens + config.decode_tokens)
         self.ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -72,8 +78,23 @@ class Session:
                 self.forward(ids, cache)
             self.work[phase] = count_work(self.model, calls, cache, shapes[phase])
 
+    def use_engine(self) -> None:
+        """Let `compress.decoder` take the decode steps, recorded as a CUDA graph on CUDA.
+
+        Its fused copies of packed weights do not count as growth: without a comparison, the originals need not stay.
+
+        Raises:
+            UnsupportedModel, ConfigError: a model, length or dtype that the engine does not know.
+        """
+        weights = read_model(self.model)
+        self.memory.start()
+        self.decoder = Decoder(weights, self.batch, self.ids.shape[1])
+        if self.device.type == "cuda":
+            self.decoder.capture()
+        self._note_growth("decode", 0)
+
     def capture(self) -> None:
-        """Record one decode step over a static cache as a CUDA graph, which `run` then replays.
+        """Record one decode step of transformers over a static cache as a CUDA graph, which `run` then replays.
 
         The static cache keeps its length in a tensor that the step itself increments, so each replay writes the
         next position.
@@ -106,19 +127,23 @@ class Session:
         self.memory.start()
         prefill_ms = self._timed(lambda: self.forward(self.prompt, cache))
         self._note_growth("prefill", held_bytes)
+        if self.decoder is not None:
+            self.decoder.load_cache(cache)
         self.memory.forget_peak()
         decode_ms = []
         for i in range(self.config.prompt_tokens, self.ids.shape[1]):
             token = self.ids[:, i : i + 1]
             decode_ms.append(self._timed(lambda token=token: self._decode(token, cache)))  # type: ignore[misc]
-        if not captured:  # a replay allocates nothing: `capture` saw what the graph holds
+        if not captured and self.decoder is None:  # a replay allocates nothing: its making saw what the graph holds
             self._note_growth("decode", 0)
         if keep:
             self.ms["prefill"].append(prefill_ms)
             self.ms["decode"] += decode_ms
 
     def _decode(self, token: Tensor, cache: Any) -> None:
-        if self.graph is None:
+        if self.decoder is not None:
+            self.decoder.step(token[:, 0])
+        elif self.graph is None:
             self.forward(token, cache)
         else:
             self.token.copy_(token)
@@ -146,9 +171,17 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def choose_launch(sessions: list[Session]) -> str:
-    """Captures the decode step of every session, or of none, and says which."""
+    """Gives every session the engine, or a graph of transformers' decode step, or none of them, and says which."""
     if sessions[0].device.type != "cuda":
         return EAGER
+    try:
+        for session in sessions:
+            session.use_engine()
+        return ENGINE
+    except (UnsupportedModel, ConfigError, EnvironmentProblem) as error:
+        for session in sessions:
+            session.decoder = None
+        log.warning("transformers takes the decode steps of both models: %s", error)
     try:
         for session in sessions:
             session.capture()

@@ -6,8 +6,9 @@ neighbours that drift touch both alike. A latency is the wall time of one forwar
 the device is done: what a generation loop waits for. Prefill yields `repeats` samples, decode
 `repeats * decode_tokens`.
 
-On CUDA the decode step is captured in a CUDA graph over a static KV cache, as serving engines run it; where either
-model cannot be captured, both run eagerly and `mode` says so with the reason. Prefill is eager always.
+On CUDA the decode step is captured in a CUDA graph over a static KV cache, as serving engines run it: the step of
+`compress.decoder` where it knows both models, otherwise that of transformers; where either model cannot be captured,
+both run eagerly and `mode` says so with the reason. Prefill is eager always.
 
 Token ids are random (fixed seed): speed does not depend on them, and the random state of the process is not touched.
 """
@@ -44,7 +45,8 @@ class SpeedRow:
 
     `peak_memory_bytes` is the model's resident weights plus the most that its cache, activations and workspaces
     added during the phase. On CUDA that is exact, from torch's allocator. On a CPU it is the growth of the resident
-    set of the process, which misses pages the allocator already had; null where the system does not tell.
+    set of the process, which misses pages the allocator already had; null where the system does not tell. The fused
+    copies that `compress.decoder` makes of packed weights are left out: a process that only decodes holds one of both.
 
     `kernels` counts the quantized layers by the path that computed them, for example {"triton": 224}.
     """

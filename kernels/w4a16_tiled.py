@@ -14,8 +14,10 @@ dequantized; two groups are in flight, so the tensor cores never wait for the in
 
 Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, the product with the scale is rounded once.
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
-registers. With SPLIT > 1, programs of the same tile write float32 partial sums, and the last to arrive (a counter that it
-resets) adds them in order: one launch, the same bits every run. y leaves through shared memory as whole lines.
+registers. y leaves through shared memory as whole lines.
+
+Tiles that fill whole waves of the machine are computed by one program each. With SPLIT > 1 the rest, all of them where
+there are few, share out K: float32 partial sums, which a second kernel adds in order, so the bits are the same every run.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.
 """
@@ -38,27 +40,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
 from compress.kernels.w4a16 import KernelWeight
 
-MAX_COUNTERS = 4096
-_COUNTER_SLOTS = 64
-_counters: dict[int, Tensor] = {}
-_slots: dict[tuple[int, int], int] = {}
+GROUP_N = 8
 
 
 @dataclass(frozen=True)
 class TiledConfig:
-    """Tile sizes of one launch; split programs share a tile's K."""
+    """Tile sizes of one launch. split_k programs share the K of each tile that does not fill a wave of the machine."""
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
-    reduce: int = 1
-    direct: bool = False
 
 
 @gluon.constexpr_function
@@ -138,29 +137,34 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
             )
 
 
-@gluon.jit(do_not_specialize=["M", "tiles", "per_split"])
+@gluon.jit(do_not_specialize=["M", "tiles", "whole", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, counter_ptr, M, N, K, tiles, per_split,
+    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, M, N, K, tiles, whole, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    REDUCE: gl.constexpr, DIRECT: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_N, BLOCK_M] tile of y^T over one split of K; see the module docstring."""
+    """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
 
     pid = gl.program_id(0)
-    split = gl.program_id(1)
+    tile = pid
+    first = 0
+    last = tiles
+    if SPLIT > 1:
+        if pid >= whole:
+            tile = whole + (pid - whole) // SPLIT
+            first = gl.minimum((pid - whole) % SPLIT * per_split, tiles)
+            last = gl.minimum(first + per_split, tiles)
     # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
     m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    first_n = pid // (GROUP_N * m_tiles) * GROUP_N
+    first_n = tile // (GROUP_N * m_tiles) * GROUP_N
     width = gl.minimum(n_tiles - first_n, GROUP_N)
-    within = pid % (GROUP_N * m_tiles)
+    within = tile % (GROUP_N * m_tiles)
     n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
-    first = split * per_split
-    last = gl.minimum(first + per_split, tiles)
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
@@ -181,7 +185,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
                     False, True, BYTES)  # fmt: skip
 
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    mbarrier.wait(ready.index(0), 0)
+    mbarrier.wait(ready.index(0), 0, pred=first < last)
     words = _load_words(words_smem.index(0), BLOCK_N, WARPS, A)
     low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     high = low
@@ -216,101 +220,81 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     acc, high = warpgroup_mma_wait(0, deps=(acc, high))
 
-    out_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    if REDUCE == 2:
-        # [SPLIT, M, N], summed by the next kernel
-        rm = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        rn2 = gl.expand_dims(out_n, 1)
-        at = (gl.to_tensor(split).to(gl.int64) * M + rm) * N + rn2
-        gl.store(workspace_ptr + at, acc, mask=(rm < M) & (rn2 < N))
-        return
-    if REDUCE == 1:
-        tile = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
-        at = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), 1) * BLOCK_M
-        at = at + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        gl.store(tile + split * (BLOCK_N * BLOCK_M) + at, acc)
-        gl.thread_barrier()
-        arrived = gl.atomic_add(counter_ptr + pid, 1, sem="acq_rel", scope="gpu")
-        if arrived != SPLIT - 1:
+    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    if SPLIT > 1:
+        if pid >= whole:
+            at = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0) * BLOCK_N + gl.expand_dims(rn, 1)
+            gl.store(workspace_ptr + gl.to_tensor(pid - whole).to(gl.int64) * (BLOCK_M * BLOCK_N) + at, acc)
             return
-        acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-        for s in gl.static_range(SPLIT):
-            acc += gl.load(tile + s * (BLOCK_N * BLOCK_M) + at, cache_modifier=".cg")
-        gl.store(counter_ptr + pid, 0)
     if HAS_BIAS:
-        acc += gl.expand_dims(gl.load(bias_ptr + out_n, mask=out_n < N, other=0).to(gl.float32), 1)
-    if DIRECT:
-        rm = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        rn2 = gl.expand_dims(out_n, 1)
-        gl.store(out_ptr + rm.to(gl.int64) * N + rn2, acc.to(out_desc.dtype), mask=(rm < M) & (rn2 < N))
-    else:
-        y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
-        y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
-        tma.store_wait(0)
+        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
+        acc += gl.expand_dims(bias, 1)
+    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
+    tma.store_wait(0)
 
 
-@triton.jit
-def _sum_kernel(partial_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+@triton.jit(do_not_specialize=["M", "whole"])
+def _sum_tail_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr, bias_ptr, out_ptr, M, N, whole,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP_N: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = sum over s, in order, of partial [tiles - whole, SPLIT, BLOCK_M, BLOCK_N] (+ bias); ROWS tokens a program."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tile_n, tile_m = tile_of_program(tile + whole, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    rm, rn = tile_m * BLOCK_M + rows, tile_n * BLOCK_N + columns
+    at = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for s in tl.static_range(SPLIT):
-        total += tl.load(partial_ptr + (tl.zeros((), tl.int64) + size) * s + i, mask=mask, other=0.0)
+        total += tl.load(at + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def counters(device: torch.device) -> Tensor:
-    """int32 [MAX_COUNTERS] zeros for the current stream: kernels of one stream follow each other, and each leaves
-    zeros. Taken from a block made when the first weight is packed, so that a CUDA graph capture allocates nothing.
-
-    Raises:
-        RuntimeError: more than 64 streams have launched split matmuls on the device.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _counters:
-        _counters[index] = torch.zeros(_COUNTER_SLOTS, MAX_COUNTERS, dtype=torch.int32, device=device)
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
-    slot = _slots.setdefault(key, sum(i == index for i, _ in _slots))
-    if slot >= _COUNTER_SLOTS:
-        raise RuntimeError(f"split matmuls were launched from more than {_COUNTER_SLOTS} streams of {device}")
-    return _counters[index][slot]
+def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
+    """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
+    used = config.stages * (config.block_n * 64 + config.block_m * 256) + 64
+    return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, k, n = x.shape[0], weight.k, weight.n
-    tiles = weight.words.shape[0]
+    tiles, split = weight.words.shape[0], config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    per_split = -(-tiles // config.split_k)
-    split = -(-tiles // per_split)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
-    workspace = counter = None
+    whole, tail, workspace = programs, 0, None
     if split > 1:
+        at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
+        whole = programs // at_once * at_once
+        tail = programs - whole
         workspace = torch.empty(
-            split * (m * n if config.reduce == 2 else programs * config.block_n * config.block_m),
-            dtype=torch.float32, device=x.device,
-        )  # fmt: skip
-        counter = counters(x.device)
+            tail * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device
+        )
     wide = gl.NVMMASharedLayout(128, 16, 2)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
-    words_desc = TensorDescriptor(
-        weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide
-    )
-    _tiled_kernel[(programs, split)](
-        x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias if config.reduce != 2 or split == 1 else None, workspace, counter, m, n, k, tiles, per_split,
-        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None and (config.reduce != 2 or split == 1),
+    words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
+    _tiled_kernel[(whole + tail * split,)](
+        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, whole,
+        -(-tiles // split),
+        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-        SPLIT=split, GROUP_N=8, REDUCE=config.reduce if split > 1 else 0, DIRECT=config.direct, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
-    if split > 1 and config.reduce == 2:
-        _sum_kernel[(-(-y.numel() // 1024),)](
-            workspace, bias, y, y.numel(), n, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024, num_warps=8, launch_pdl=pdl
-        )
+    if tail:
+        rows = min(config.block_m, max(1, 2048 // config.block_n))
+        _sum_tail_kernel[(tail, config.block_m // rows)](
+            workspace, bias, y, m, n, whole, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, SPLIT=split, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
     return y

@@ -117,6 +117,20 @@ def test_decode_runs_on_a_growing_cache(model: nn.Module, quick_machine: Machine
     torch.testing.assert_close(decoded, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_engine_decodes_what_transformers_would(model: nn.Module) -> None:
+    """Oracle: logits of the engine's last step equal those of one pass over all tokens, run after run."""
+    timed = session.Session(model, 2, CONFIG, torch.device("cpu"))
+    with torch.inference_mode():
+        timed.count()
+        timed.use_engine()
+        assert timed.decoder is not None
+        for _ in range(2):
+            timed.run(keep=True)
+            whole = model(timed.ids).logits[:, -1]
+            torch.testing.assert_close(timed.decoder.logits, whole, rtol=1e-4, atol=1e-4)
+    assert len(timed.ms["prefill"]) == 2 and len(timed.ms["decode"]) == 8
+
+
 def test_random_state_is_left_alone(model: nn.Module) -> None:
     """Oracle: torch's generator state before and after, roofline probes included."""
     before = torch.get_rng_state()
@@ -309,6 +323,24 @@ def test_graph_decode_computes_what_eager_computes(model: nn.Module) -> None:
             whole = timed.model(timed.ids).logits[:, -1]
             torch.testing.assert_close(timed.logits[:, -1], whole, rtol=1e-3, atol=1e-3)
     assert len(timed.ms["decode"]) == 8
+
+
+@pytest.mark.gpu
+def test_engine_is_used_where_it_knows_both_models(model: nn.Module) -> None:
+    """Oracle: the mode, and logits of the last replayed step against one eager pass in float16; one model that it does
+    not know, here for its hook, sends both to transformers."""
+    models = [copy.deepcopy(model).half().cuda() for _ in range(2)]
+    with torch.inference_mode():
+        sessions = [session.Session(m, 2, CONFIG, torch.device("cuda")) for m in models]
+        assert session.choose_launch(sessions) == session.ENGINE
+        for timed in sessions:
+            timed.run(keep=True)
+            whole = timed.model(timed.ids).logits[:, -1]
+            torch.testing.assert_close(timed.decoder.logits, whole, rtol=2e-2, atol=2e-2)
+        models[1].register_forward_hook(lambda *args: None)
+        sessions = [session.Session(m, 2, CONFIG, torch.device("cuda")) for m in models]
+        assert session.choose_launch(sessions) == session.GRAPH
+        assert all(timed.decoder is None for timed in sessions)
 
 
 @pytest.mark.gpu
