@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from compress.record import Record, reproduce_command
+from compress.record import Record, generated_text, reproduce_command
 from compress.units import format_bytes, format_count, format_ms, format_stderr
 
 
@@ -171,7 +171,8 @@ def _provenance_text(record: Record) -> str:
     if calibration is not None:
         lines.append(
             f"- calibration: {calibration['n_sequences']} x {calibration['sequence_length']} tokens of "
-            f"{_plain(calibration['source'])}, sha256 `{_code(calibration['sha256'])}`"
+            f"{_plain(calibration['source'])}{_plain(generated_text(calibration))}, sha256 "
+            f"`{_code(calibration['sha256'])}`"
         )
     versions = [f"{k} {record['environment'][k]}" for k in ("torch", "transformers") if record["environment"].get(k)]
     if versions:

@@ -344,6 +344,14 @@ class CalibrationConfig:
     n_sequences: int = 128
     sequence_length: int = 512
     batch_size: int = 4
+    # sequences sampled from the original model (arXiv 2305.17888) that are added to those of the text
+    generated: int = 0
+    # tokens of the text that each begins with; 0: the BOS token
+    generated_prompt: int = 32
+    generated_temperature: float = 1.0
+    generated_seed: int = 0
+    # sampled at a time: memory for keys and values against speed
+    generated_batch_size: int = 64
 
     def __post_init__(self) -> None:
         _positive(
@@ -351,7 +359,21 @@ class CalibrationConfig:
             n_sequences=self.n_sequences,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
+            generated_temperature=self.generated_temperature,
+            generated_batch_size=self.generated_batch_size,
         )
+        _at_least(
+            0,
+            "calibration",
+            generated=self.generated,
+            generated_prompt=self.generated_prompt,
+            generated_seed=self.generated_seed,
+        )
+        if self.generated and max(self.generated_prompt, 1) >= self.sequence_length:
+            raise ConfigError(
+                f"calibration.generated_prompt={self.generated_prompt} leaves nothing to sample of sequence_length="
+                f"{self.sequence_length}; lower it"
+            )
         if self.path and self.dataset:
             raise ConfigError("calibration.path and calibration.dataset are both set; give one of them")
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _QUANTIZE_CODE = (
     "quant.py", "packing.py", "methods", "rotation.py", "blocks.py", "awq_pass.py", "learn_pass.py", "tune.py",
     "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py", "allocate.py", "sensitivity.py",
-    "calibration.py", "checkpoint.py", "artifact.py",
+    "calibration.py", "generate.py", "checkpoint.py", "artifact.py",
 )  # fmt: skip
 
 
