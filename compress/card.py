@@ -154,8 +154,9 @@ def _load_text(record: Record) -> str:
             "With this project's kernels:\n\n"
             '```python\nimport compress\n\nmodel = compress.load("<this directory>")\n```\n'
         )
-    # vLLM's integer kernels for this format take 4 and 8 bits; a plain checkpoint needs none
-    if not _is_quantized(record) or re.match(r"w[48](\D|$)", record["scheme"]):
+    # vLLM's integer kernels for this format take 4 and 8 bits, and its loader no quantized head; a plain checkpoint
+    # needs neither
+    if not _is_quantized(record) or (re.match(r"w[48](\D|$)", record["scheme"]) and "head" not in record["scheme"]):
         blocks.append("With vLLM:\n\n```bash\nvllm serve <this directory or repository>\n```\n")
     return "\n".join(blocks)
 

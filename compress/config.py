@@ -228,6 +228,11 @@ class QuantConfig:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     # glob over linear names -> scheme fields that differ there, e.g. {"*.down_proj": {bits: 8}}
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # the output head, which no glob reaches and which stays as it is otherwise
+    lm_head: bool = False
+    lm_head_scheme: SchemeConfig = field(default_factory=lambda: SchemeConfig(bits=8))
+    # give a head that is tied to the embedding a tensor of its own, so that it can be quantized
+    untie: bool = False
     # globs of linears that stay as they are
     ignore: list[str] = field(default_factory=list)
     # globs over ModuleLists, used instead of the search for decoder blocks
@@ -240,6 +245,12 @@ class QuantConfig:
     hqq: HqqConfig = field(default_factory=HqqConfig)
     # one scheme for q/k/v and for gate/up, as serving engines that fuse them need
     allow_split_fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.untie and not self.lm_head:
+            raise ConfigError("quant.untie=true only makes the artifact larger without quant.lm_head=true; set both")
+        if self.lm_head and self.rounding is Rounding.none:
+            raise ConfigError("quant.rounding=none is a baseline run; leave quant.lm_head out")
 
     @property
     def rounding_label(self) -> str:

@@ -54,6 +54,9 @@ def forecast(
     if config.tune.enabled:  # all codes at one byte, a dense weight in the making, the logits of both models
         vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
         codes = sum(p.n * p.k for p in plan.linears)
+        codes += (
+            plan.head.n * plan.head.k * dtype.itemsize if plan.head is not None else 0
+        )  # dense, beside the original
         device = max(device, codes + outside * dtype.itemsize + 8 * largest + 3 * 4 * batch_tokens * vocabulary)
     # the quantized model's hidden states, and the original's before and after a block
     host = n_tokens * hidden * dtype.itemsize * (3 if config.needs_teacher else 1)

@@ -23,11 +23,11 @@ from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
 from compress.config import RunConfig, Transform, to_plain
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.forecast import Forecast, check_forecast, check_lengths, context_length, forecast
 from compress.generate import GenerateJob, generate, generation_bytes, mixed, read_generated
 from compress.measure import measure_quality, measure_size, measure_speed
-from compress.models import choose_device, load_model
+from compress.models import LoadedModel, choose_device, load_model, untie
 from compress.plan import make_plan
 from compress.progress import progress
 from compress.rotation import attach_rotation
@@ -59,6 +59,7 @@ def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[st
     """
     device = choose_device(config.device)
     loaded = load_model(config.model, config.revision, config.trust_remote_code, config.quant.blocks)
+    notes = _untie(loaded) if config.quant.untie else []
     plan = make_plan(loaded, config.quant)
     if config.budget.enabled:
         check_budget(plan, config.budget)
@@ -69,13 +70,28 @@ def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[st
     run_dir = Path(config.run_dir or default_run_dir(config, mark))
     with locked(run_dir):
         state = RunState(run_dir, config.force)
-        run = Run(config, loaded, source_sha256, plan, device, dtype, run_dir, state)
+        run = Run(config, loaded, source_sha256, plan, device, dtype, run_dir, state, warnings=notes)
         write_json(run_dir / "config.json", to_plain(config))
         record = _run_stages(run, mark)
         if command is not None:
             record["command"] = command
         write_json(run_dir / "run.json", record)
     return record
+
+
+def _untie(loaded: LoadedModel) -> list[str]:
+    """Break the tie of embedding and head; what that costs, a sentence.
+
+    Raises:
+        ConfigError: there is no tie.
+    """
+    broken = untie(loaded)
+    if not broken:
+        raise ConfigError("quant.untie=true, but the head of this model has a tensor of its own; leave quant.untie out")
+    return [
+        f"quant.untie: {name} is stored beside {holder}, {loaded.model.get_parameter(holder).numel():,} weights more"
+        for name, holder in broken.items()
+    ]
 
 
 def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
@@ -122,11 +138,12 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         assert calibration is not None
         inputs["allocation"] = run.allocation = _allocate(run, calibration, inputs)
         run.plan = apply_allocation(run.plan, run.allocation)
-        if len(run.plan.schemes()) > 1 and not all(scheme.symmetric for scheme in run.plan.schemes()):
-            run.warnings.append(
-                "several schemes with zero points among them: transformers with compressed-tensors up to 0.20 cannot "
-                "read this artifact, compress.load can; with symmetric budget.choices both can"
-            )
+    schemes = [*run.plan.schemes(), *([run.plan.head.scheme] if run.plan.head is not None else [])]
+    if len(set(schemes)) > 1 and not all(scheme is None or scheme.symmetric for scheme in schemes):
+        run.warnings.append(
+            "several schemes with zero points among them: transformers with compressed-tensors up to 0.20 cannot "
+            "read this artifact, compress.load can; with symmetric schemes both can"
+        )
     checkpoints = run.run_dir / "checkpoints" / fingerprint(inputs)[:16]
     if config.force:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -329,7 +346,7 @@ def _record(
         "compress_version": environment.versions()["compress"],
         "verified": True if verified else None,
         "verify": verified,
-        "scheme": ", ".join(s.label() for s in run.plan.schemes()) or str(run.loaded.dtype).removeprefix("torch."),
+        "scheme": run.plan.label() or str(run.loaded.dtype).removeprefix("torch."),
         "transform": config.quant.transform.value,
         "rounding": config.quant.rounding_label,
         "environment": environment.describe(run.device, run.dtype),
