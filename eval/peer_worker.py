@@ -65,7 +65,8 @@ def run_llmcompressor(model: Any, job: dict[str, Any], input_ids: Any) -> dict[s
         "num_bits": job["bits"], "type": "int", "symmetric": job["symmetric"], "strategy": "group",
         "group_size": job["group_size"],
     }  # fmt: skip
-    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    linears = list(block_linears(model))
+    recipe = GPTQModifier(config_groups={"group_0": {"targets": linears, "weights": weights}}, ignore=[])
     rows = {"input_ids": input_ids.tolist(), "attention_mask": [[1] * input_ids.shape[1]] * len(input_ids)}
     oneshot(
         model=model,
@@ -97,7 +98,7 @@ def run_auto_round(model: Any, job: dict[str, Any], input_ids: Any) -> dict[str,
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in input_ids]
     rounder = AutoRound(
         model,
-        AutoTokenizer.from_pretrained(job["model"]),
+        AutoTokenizer.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"]),
         bits=job["bits"],
         group_size=job["group_size"],
         sym=job["symmetric"],
@@ -120,7 +121,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     dtype = getattr(torch, job["dtype"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=dtype, trust_remote_code=job["trust_remote_code"]
+    ).eval()
     before = {name: linear.weight.detach().clone() for name, linear in block_linears(model).items()}
     gains = [name for name, p in model.named_parameters() if p.ndim == 1]  # some methods fold scales into norms
     input_ids = load_file(job["tokens"])["input_ids"]

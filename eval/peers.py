@@ -122,6 +122,7 @@ def run_peer(peer: Peer, task: PeerTask) -> dict[str, Any]:
         "peer": peer.package, "model": str(task.model), "tokens": str(tokens), "out": str(weights),
         "device": str(task.device), "dtype": str(task.dtype).removeprefix("torch."), "bits": peer.scheme.bits,
         "group_size": peer.scheme.group_size, "symmetric": peer.scheme.symmetric, "iterations": task.iterations,
+        "trust_remote_code": task.trust_remote_code,
     }  # fmt: skip
     job_file, log = task.folder / f"{peer.name}.json", task.folder / f"{peer.name}.log"
     job_file.write_text(json.dumps(job), encoding="utf-8")
