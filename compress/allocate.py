@@ -227,7 +227,7 @@ def allocate(
 def apply_allocation(plan: Plan, allocation: dict[str, Any]) -> Plan:
     """The plan with the chosen schemes."""
     chosen = {name: scheme_from_dict(unit["scheme"]) for unit in allocation["units"] for name in unit["linears"]}
-    return Plan([replace(p, scheme=chosen.get(p.name, p.scheme)) for p in plan.linears], plan.config)
+    return replace(plan, linears=[replace(p, scheme=chosen.get(p.name, p.scheme)) for p in plan.linears])
 
 
 def describe(allocation: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.atomic import disk_errors, sync_directory, write_json
-from compress.checkpoint import encode, load_block, load_tuned
+from compress.checkpoint import encode, load_block, load_head, load_tuned
 from compress.errors import ArtifactError
 from compress.models import LoadedModel, is_transposed
 from compress.quant import Granularity, QuantScheme
@@ -128,6 +128,18 @@ def _artifact_tensors(
             accounting[source] = {"status": changed_status, "as": [source]}
             replaced[source] = changed_status
             yield source, value
+    head_parts: list[str] = []
+    head = load_head(checkpoints)
+    for name, quantized in head.quantized.items() if head is not None else ():
+        parameter = f"{name}.weight"
+        source = loaded.source_names.get(parameter, parameter)
+        parts = {f"{source.removesuffix('weight')}{suffix}": value for suffix, value in encode(quantized).items()}
+        head_parts = sorted(parts)
+        schemes[name] = quantized.scheme
+        replaced[source] = "quantized"
+        if parameter in loaded.source_names:
+            accounting[source] = {"status": "quantized", "as": head_parts}
+        yield from parts.items()
     for parameter, value in (tuned[0] if tuned is not None else {}).items():
         source = loaded.source_names[parameter]
         accounting[source] = {"status": changed_status, "as": [source]}
@@ -144,8 +156,10 @@ def _artifact_tensors(
         yield source, loaded.tensor(parameter) if status else loaded.source.tensor(source)
     for parameter, holder in loaded.untied.items():
         if parameter not in loaded.source_names:  # one tensor of the source became two
-            accounting[loaded.source_names[holder]]["as"].append(parameter)
-            yield parameter, loaded.tensor(parameter)
+            quantized_too = parameter in replaced
+            accounting[loaded.source_names[holder]]["as"] += head_parts if quantized_too else [parameter]
+            if not quantized_too:
+                yield parameter, loaded.tensor(parameter)
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

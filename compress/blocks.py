@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from compress.awq_pass import AwqJob, AwqNote, apply_awq
-from compress.checkpoint import BlockState, load_block, save_block
+from compress.checkpoint import BlockState, load_block, load_head, save_block, save_head
 from compress.config import QuantConfig, Rounding, Transform
 from compress.errors import NumericalError
 from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups
+from compress.head import quantize_head
 from compress.learn_pass import LearnJob, learn_block
 from compress.methods.gptq import gptq_quantize_shared
 from compress.methods.hqq import hqq_quantize
 from compress.methods.rtn import rtn_quantize
 from compress.methods.stats import CrossStats, InputStats, relative_output_error
 from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
-from compress.plan import Plan, check_fused
+from compress.plan import LinearPlan, Plan, check_fused
 from compress.quant import Observer, QuantizedWeight, QuantScheme, quantize
 from compress.streams import HiddenStream, open_stream, tail_logits
 
@@ -137,7 +138,28 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
             loaded.release(block.name)
             _return_freed_memory()
             on_block(index + 1, len(loaded.blocks))
-    return EngineResult(layers, tail_logits(loaded, verify, dtype), n_resumed, teacher)
+    head = None
+    if inputs.plan.head is not None:
+        state = _finish_head(inputs, inputs.plan.head)
+        layers += [LayerReport(**report) for report in state.reports]
+        head = state.quantized[inputs.plan.head.name].dequantize()
+    return EngineResult(layers, tail_logits(loaded, verify, dtype, head), n_resumed, teacher)
+
+
+def _finish_head(inputs: EngineInputs, plan: LinearPlan) -> BlockState:
+    """Quantize the output head or take it from its checkpoint."""
+    state = load_head(inputs.checkpoints)
+    if state is None:
+        assert plan.scheme is not None
+        started = time.perf_counter()
+        loaded = inputs.loaded
+        weight = loaded.tensor(f"{plan.name}.weight")
+        quantized, error, error_rtn = quantize_head(weight, plan.scheme, loaded.dtype, inputs.device)
+        report = LayerReport(plan.name, "quantized", (plan.n, plan.k), plan.scheme.label())
+        report.error, report.error_rtn, report.seconds = error, error_rtn, time.perf_counter() - started
+        state = BlockState({plan.name: quantized}, {}, [asdict(report)])
+        save_head(inputs.checkpoints, state)
+    return state
 
 
 def _return_freed_memory() -> None:

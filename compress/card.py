@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from compress.record import Record, reproduce_command
+from compress.record import Record, generated_text, reproduce_command
 from compress.units import format_bytes, format_count, format_ms, format_stderr
 
 
@@ -154,8 +154,9 @@ def _load_text(record: Record) -> str:
             "With this project's kernels:\n\n"
             '```python\nimport compress\n\nmodel = compress.load("<this directory>")\n```\n'
         )
-    # vLLM's integer kernels for this format take 4 and 8 bits; a plain checkpoint needs none
-    if not _is_quantized(record) or re.match(r"w[48](\D|$)", record["scheme"]):
+    # vLLM's integer kernels for this format take 4 and 8 bits, and its loader no quantized head; a plain checkpoint
+    # needs neither
+    if not _is_quantized(record) or (re.match(r"w[48](\D|$)", record["scheme"]) and "head" not in record["scheme"]):
         blocks.append("With vLLM:\n\n```bash\nvllm serve <this directory or repository>\n```\n")
     return "\n".join(blocks)
 
@@ -171,7 +172,8 @@ def _provenance_text(record: Record) -> str:
     if calibration is not None:
         lines.append(
             f"- calibration: {calibration['n_sequences']} x {calibration['sequence_length']} tokens of "
-            f"{_plain(calibration['source'])}, sha256 `{_code(calibration['sha256'])}`"
+            f"{_plain(calibration['source'])}{_plain(generated_text(calibration))}, sha256 "
+            f"`{_code(calibration['sha256'])}`"
         )
     versions = [f"{k} {record['environment'][k]}" for k in ("torch", "transformers") if record["environment"].get(k)]
     if versions:

@@ -24,6 +24,7 @@ from compress.packing import pack_rows, unpack_rows
 from compress.quant import Granularity, Observer, QuantizedWeight, QuantScheme
 
 _TUNED = "tuned.safetensors"
+_HEAD = "head.safetensors"
 
 
 @dataclass
@@ -40,6 +41,15 @@ def checkpoint_path(folder: Path, index: int) -> Path:
 
 
 def save_block(folder: Path, index: int, state: BlockState) -> None:
+    _save_state(checkpoint_path(folder, index), state)
+
+
+def save_head(folder: Path, state: BlockState) -> None:
+    """The quantized output head, as the one linear of a block, by its full name."""
+    _save_state(folder / _HEAD, state)
+
+
+def _save_state(path: Path, state: BlockState) -> None:
     tensors: dict[str, Tensor] = {}
     for name, quantized in state.quantized.items():
         for suffix, value in encode(quantized).items():
@@ -51,12 +61,21 @@ def save_block(folder: Path, index: int, state: BlockState) -> None:
         "reports": json.dumps(state.reports),
     }
     meta["sha256"] = _content_sha256(tensors, meta)
-    write_atomically(checkpoint_path(folder, index), lambda p: save_file(tensors, p, metadata=meta))
+    write_atomically(path, lambda p: save_file(tensors, p, metadata=meta))
 
 
 def load_block(folder: Path, index: int) -> BlockState | None:
     """A finished block, or None when it is not there. A file that is damaged counts as not there: it is redone."""
-    read = _read(checkpoint_path(folder, index))
+    return _load_state(checkpoint_path(folder, index))
+
+
+def load_head(folder: Path) -> BlockState | None:
+    """What `save_head` was given, or None as for `load_block`."""
+    return _load_state(folder / _HEAD)
+
+
+def _load_state(path: Path) -> BlockState | None:
+    read = _read(path)
     if read is None:
         return None
     tensors, meta = read

@@ -66,7 +66,7 @@ def main() -> None:
     try:
         _application(failures)()
     except (HydraException, OmegaConfBaseException) as error:
-        failures.append(_Failure([], _as_config_error(error)))
+        failures.append(_Failure([], as_config_error(error)))
         _tell(failures[-1].error)
     except OSError as error:  # Hydra's own: it makes the directory of a sweep
         failures.append(_Failure([], _as_disk_error(error)))
@@ -106,7 +106,7 @@ def _run(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise _as_config_error(error) from error
+        raise as_config_error(error) from error
     assert isinstance(config, RunConfig)
     for key in _undeclared(composed, RunConfig):
         raise ConfigError(_no_setting(key))
@@ -140,7 +140,7 @@ def _as_disk_error(error: OSError) -> EnvironmentProblem:
     return problem
 
 
-def _as_config_error(error: Exception) -> CompressError:
+def as_config_error(error: Exception) -> CompressError:
     """Hydra's and OmegaConf's complaints as one line that names the value, with the nearest thing that exists."""
     if isinstance(error.__cause__, CompressError):
         return error.__cause__
@@ -221,4 +221,4 @@ def _undeclared(node: DictConfig, cls: Any, prefix: str = "") -> Iterable[str]:
             yield from _undeclared(node[key], hints[key], f"{prefix}{key}.")
 
 
-__all__ = ["config_keys", "main", "recipes"]
+__all__ = ["as_config_error", "config_keys", "main", "recipes"]

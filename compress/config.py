@@ -228,6 +228,11 @@ class QuantConfig:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     # glob over linear names -> scheme fields that differ there, e.g. {"*.down_proj": {bits: 8}}
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # the output head, which no glob reaches and which stays as it is otherwise
+    lm_head: bool = False
+    lm_head_scheme: SchemeConfig = field(default_factory=lambda: SchemeConfig(bits=8))
+    # give a head that is tied to the embedding a tensor of its own, so that it can be quantized
+    untie: bool = False
     # globs of linears that stay as they are
     ignore: list[str] = field(default_factory=list)
     # globs over ModuleLists, used instead of the search for decoder blocks
@@ -240,6 +245,12 @@ class QuantConfig:
     hqq: HqqConfig = field(default_factory=HqqConfig)
     # one scheme for q/k/v and for gate/up, as serving engines that fuse them need
     allow_split_fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.untie and not self.lm_head:
+            raise ConfigError("quant.untie=true only makes the artifact larger without quant.lm_head=true; set both")
+        if self.lm_head and self.rounding is Rounding.none:
+            raise ConfigError("quant.rounding=none is a baseline run; leave quant.lm_head out")
 
     @property
     def rounding_label(self) -> str:
@@ -344,6 +355,14 @@ class CalibrationConfig:
     n_sequences: int = 128
     sequence_length: int = 512
     batch_size: int = 4
+    # sequences sampled from the original model (arXiv 2305.17888) that are added to those of the text
+    generated: int = 0
+    # tokens of the text that each begins with; 0: the BOS token
+    generated_prompt: int = 32
+    generated_temperature: float = 1.0
+    generated_seed: int = 0
+    # sampled at a time: memory for keys and values against speed
+    generated_batch_size: int = 64
 
     def __post_init__(self) -> None:
         _positive(
@@ -351,7 +370,21 @@ class CalibrationConfig:
             n_sequences=self.n_sequences,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
+            generated_temperature=self.generated_temperature,
+            generated_batch_size=self.generated_batch_size,
         )
+        _at_least(
+            0,
+            "calibration",
+            generated=self.generated,
+            generated_prompt=self.generated_prompt,
+            generated_seed=self.generated_seed,
+        )
+        if self.generated and max(self.generated_prompt, 1) >= self.sequence_length:
+            raise ConfigError(
+                f"calibration.generated_prompt={self.generated_prompt} leaves nothing to sample of sequence_length="
+                f"{self.sequence_length}; lower it"
+            )
         if self.path and self.dataset:
             raise ConfigError("calibration.path and calibration.dataset are both set; give one of them")
 

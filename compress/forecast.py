@@ -28,8 +28,11 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, dtype: torch.dtype) -> Forecast:
-    """Estimate the peak from shapes alone.
+def forecast(
+    loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, dtype: torch.dtype, generation_bytes: int = 0
+) -> Forecast:
+    """Estimate the peak from shapes alone; generation_bytes is that of sampling calibration sequences, which comes
+    first.
 
     The device holds the largest block in the compute dtype and as float32 masters, up to four float32 copies of what
     is quantized at once (working weights and their transpose, the dequantized result, what a search compares),
@@ -47,10 +50,13 @@ def forecast(loaded: LoadedModel, plan: Plan, n_tokens: int, batch_tokens: int, 
     config = plan.config
     if config.learn.enabled:  # latents, their gradients and what the backward pass of the block keeps
         in_blocks += largest * 4 * 4 + 2 * batch_tokens * sum(p.n + p.k for p in plan.linears if p.block == 0) * 4
-    device = max(in_blocks, outside * dtype.itemsize)
+    device = max(in_blocks, outside * dtype.itemsize, generation_bytes)
     if config.tune.enabled:  # all codes at one byte, a dense weight in the making, the logits of both models
         vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
         codes = sum(p.n * p.k for p in plan.linears)
+        codes += (
+            plan.head.n * plan.head.k * dtype.itemsize if plan.head is not None else 0
+        )  # dense, beside the original
         device = max(device, codes + outside * dtype.itemsize + 8 * largest + 3 * 4 * batch_tokens * vocabulary)
     # the quantized model's hidden states, and the original's before and after a block
     host = n_tokens * hidden * dtype.itemsize * (3 if config.needs_teacher else 1)

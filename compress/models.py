@@ -46,7 +46,7 @@ class LoadedModel:
     dtype: torch.dtype
     block_returns_tuple: bool | None = None  # learnt from the first block that runs
     rotation: Rotation | None = None  # folded into the weights on their way from the source
-    untied: dict[str, str] = field(default_factory=dict)  # ties of the source that the rotation broke
+    untied: dict[str, str] = field(default_factory=dict)  # ties of the source that were broken
 
     def tensor(self, name: str) -> Tensor:
         """Value of a parameter, on the CPU: its source tensor, or what a rotation makes of it (float32 for linears
@@ -247,6 +247,32 @@ def load_dense(loaded: LoadedModel, device: torch.device, dtype: torch.dtype) ->
     retie(loaded.model, loaded.tied)
     _move_buffers(loaded.model, device)
     return loaded.model
+
+
+def head_name(loaded: LoadedModel) -> str:
+    """Full name of the output head.
+
+    Raises:
+        UnsupportedModel: the model has none, or one that is no linear.
+    """
+    head = loaded.model.get_output_embeddings()  # type: ignore[operator]
+    name = next((n for n, m in loaded.model.named_modules() if m is head), None)
+    if name is None or not isinstance(head, nn.Linear):
+        raise UnsupportedModel(f"{type(loaded.model).__name__} has no linear output head; leave quant.lm_head out")
+    return name
+
+
+def untie(loaded: LoadedModel) -> dict[str, str]:
+    """Give the head a parameter of its own where it shares the embedding's; the broken ties, which `loaded.untied`
+    remembers."""
+    network = loaded.model
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]  # type: ignore[operator]
+    pair = {f"{name}.weight" for name, module in network.named_modules() if any(module is end for end in ends)}
+    broken = {name: holder for name, holder in loaded.tied.items() if {name, holder} <= pair}
+    for name, holder in broken.items():
+        loaded.untied[name] = loaded.tied.pop(name)
+        set_parameter(network, name, torch.empty_like(network.get_parameter(holder), device="meta"))
+    return broken
 
 
 def retie(network: nn.Module, tied: dict[str, str]) -> None:

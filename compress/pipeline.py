@@ -23,10 +23,11 @@ from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
 from compress.config import RunConfig, Transform, to_plain
-from compress.errors import ArtifactError
-from compress.forecast import check_forecast, check_lengths, context_length, forecast
+from compress.errors import ArtifactError, ConfigError
+from compress.forecast import Forecast, check_forecast, check_lengths, context_length, forecast
+from compress.generate import GenerateJob, generate, generation_bytes, mixed, read_generated
 from compress.measure import measure_quality, measure_size, measure_speed
-from compress.models import choose_device, load_model
+from compress.models import LoadedModel, choose_device, load_model, untie
 from compress.plan import make_plan
 from compress.progress import progress
 from compress.rotation import attach_rotation
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _VERIFY_TOKENS = 64
 _EXPECTED = "verify.safetensors"
+_GENERATED = "generated.safetensors"
 _RUN_CODE = ("qlinear.py", "loading.py", "kernels", "measure.py")
 _DECODE_CODE = ("decoder.py", "decode_weights.py")
 
@@ -58,6 +60,7 @@ def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[st
     """
     device = choose_device(config.device)
     loaded = load_model(config.model, config.revision, config.trust_remote_code, config.quant.blocks)
+    notes = _untie(loaded) if config.quant.untie else []
     plan = make_plan(loaded, config.quant)
     if config.budget.enabled:
         check_budget(plan, config.budget)
@@ -68,13 +71,28 @@ def run_pipeline(config: RunConfig, command: list[str] | None = None) -> dict[st
     run_dir = Path(config.run_dir or default_run_dir(config, mark))
     with locked(run_dir):
         state = RunState(run_dir, config.force)
-        run = Run(config, loaded, source_sha256, plan, device, dtype, run_dir, state)
+        run = Run(config, loaded, source_sha256, plan, device, dtype, run_dir, state, warnings=notes)
         write_json(run_dir / "config.json", to_plain(config))
         record = _run_stages(run, mark)
         if command is not None:
             record["command"] = command
         write_json(run_dir / "run.json", record)
     return record
+
+
+def _untie(loaded: LoadedModel) -> list[str]:
+    """Break the tie of embedding and head; what that costs, a sentence.
+
+    Raises:
+        ConfigError: there is no tie.
+    """
+    broken = untie(loaded)
+    if not broken:
+        raise ConfigError("quant.untie=true, but the head of this model has a tensor of its own; leave quant.untie out")
+    return [
+        f"quant.untie: {name} is stored beside {holder}, {loaded.model.get_parameter(holder).numel():,} weights more"
+        for name, holder in broken.items()
+    ]
 
 
 def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
@@ -115,23 +133,18 @@ def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
 def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Quantize and save. Returns {"manifest", "manifest_sha256", "layers", ...} and the calibration facts."""
     config = run.config
-    calibration: CalibrationSet | None = None
-    if config.needs_calibration:
-        calibration = calibration_set(config.calibration, run.loaded, run.tokenizer())
-    facts = None
-    if calibration is not None:
-        n, t = calibration.input_ids.shape
-        facts = {"source": calibration.source, "sha256": calibration.sha256, "n_sequences": n, "sequence_length": t}
+    calibration, facts = _calibrate(run) if config.needs_calibration else (None, None)
     inputs = {**mark, "calibration": facts}
     if config.budget.enabled:
         assert calibration is not None
         inputs["allocation"] = run.allocation = _allocate(run, calibration, inputs)
         run.plan = apply_allocation(run.plan, run.allocation)
-        if len(run.plan.schemes()) > 1 and not all(scheme.symmetric for scheme in run.plan.schemes()):
-            run.warnings.append(
-                "several schemes with zero points among them: transformers with compressed-tensors up to 0.20 cannot "
-                "read this artifact, compress.load can; with symmetric budget.choices both can"
-            )
+    schemes = [*run.plan.schemes(), *([run.plan.head.scheme] if run.plan.head is not None else [])]
+    if len(set(schemes)) > 1 and not all(scheme is None or scheme.symmetric for scheme in schemes):
+        run.warnings.append(
+            "several schemes with zero points among them: transformers with compressed-tensors up to 0.20 cannot "
+            "read this artifact, compress.load can; with symmetric schemes both can"
+        )
     checkpoints = run.run_dir / "checkpoints" / fingerprint(inputs)[:16]
     if config.force:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -145,6 +158,45 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     with suppress(OSError):  # those of other settings may be in there
         checkpoints.parent.rmdir()
     return {**result, "manifest": artifacts.read_manifest(run.artifact)}, facts
+
+
+def _calibrate(run: Run) -> tuple[CalibrationSet, dict[str, Any]]:
+    """Tokens to calibrate on, and what the record says of them: n_sequences of text, and those that were generated."""
+    config = run.config.calibration
+    text = calibration_set(config, run.loaded, run.tokenizer())
+    n, t = text.input_ids.shape
+    facts: dict[str, Any] = {"source": text.source, "sha256": text.sha256, "n_sequences": n, "sequence_length": t}
+    if not config.generated:
+        return text, facts
+    check_forecast(_forecast(run, text.n_tokens + config.generated * t), run.device, run.run_dir)
+    inputs = {"source": run.source_sha256, "text": text.sha256, "calibration": to_plain(config),
+              "device": run.device.type, "dtype": str(run.dtype), "code": code_sha256("generate.py")}  # fmt: skip
+    file = run.run_dir / _GENERATED
+    if run.config.force:
+        file.unlink(missing_ok=True)
+    job = GenerateJob(
+        run.loaded, text, config, run.device, run.dtype, file, fingerprint(inputs), run.config.trust_remote_code
+    )
+
+    def work() -> dict[str, Any]:
+        with progress(f"sampling {config.generated} calibration sequences") as report:
+            return generate(job, report)
+
+    def damage(result: dict[str, Any]) -> str | None:
+        return None if read_generated(file, result["sha256"]) is not None else f"{file} changed since or is gone"
+
+    generated = run.stage("generate", inputs, work, damage)
+    tokens = read_generated(file, generated["sha256"])
+    if tokens is None:
+        raise ArtifactError(f"{file} changed while the run was reading it; run again")
+    calibration = mixed(text, tokens)
+    return calibration, facts | {"sha256": calibration.sha256, "generated": generated}
+
+
+def _forecast(run: Run, n_tokens: int) -> Forecast:
+    config = run.config.calibration
+    generation = generation_bytes(run.loaded, config, run.dtype) if n_tokens else 0
+    return forecast(run.loaded, run.plan, n_tokens, config.batch_size * config.sequence_length, run.dtype, generation)
 
 
 def _allocate(run: Run, calibration: CalibrationSet, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -182,8 +234,7 @@ def _quantize_and_save(
 ) -> dict[str, Any]:
     config, loaded = run.config, run.loaded
     batch = config.calibration.batch_size
-    n_tokens = calibration.n_tokens if calibration else 0
-    expected = forecast(loaded, run.plan, n_tokens, batch * config.calibration.sequence_length, run.dtype)
+    expected = _forecast(run, calibration.n_tokens if calibration else 0)
     log.info(
         "forecast: %s on %s at the peak of quantization, %s of activations, %s of disk",
         format_bytes(expected.device_bytes), run.device, format_bytes(expected.host_bytes),
@@ -296,7 +347,7 @@ def _record(
         "compress_version": environment.versions()["compress"],
         "verified": True if verified else None,
         "verify": verified,
-        "scheme": ", ".join(s.label() for s in run.plan.schemes()) or str(run.loaded.dtype).removeprefix("torch."),
+        "scheme": run.plan.label() or str(run.loaded.dtype).removeprefix("torch."),
         "transform": config.quant.transform.value,
         "rounding": config.quant.rounding_label,
         "environment": environment.describe(run.device, run.dtype),

@@ -14,7 +14,7 @@ from typing import Any
 from compress.config import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
 from compress.errors import CompressError, ConfigError
 from compress.groups import ScaleGroup
-from compress.models import LoadedModel, linear_weight
+from compress.models import LoadedModel, head_name, linear_weight
 from compress.quant import Granularity, Observer, QuantScheme
 
 
@@ -32,16 +32,24 @@ class LinearPlan:
 
 @dataclass
 class Plan:
+    """linears: those of the blocks. head: the output head, where it is quantized; its block and local name are none."""
+
     linears: list[LinearPlan]
     config: QuantConfig
+    head: LinearPlan | None = None
 
     def block(self, index: int) -> dict[str, LinearPlan]:
         """Plans of one block by block-relative name."""
         return {p.local: p for p in self.linears if p.block == index}
 
     def schemes(self) -> list[QuantScheme]:
-        """Distinct schemes in order of first use."""
+        """Distinct schemes of the blocks' linears in order of first use."""
         return list(dict.fromkeys(p.scheme for p in self.linears if p.scheme is not None))
+
+    def label(self) -> str:
+        """The schemes in words, for the record; empty where nothing is quantized."""
+        head = [f"head {s.label()}"] if self.head is not None and (s := self.head.scheme) is not None else []
+        return ", ".join([*(scheme.label() for scheme in self.schemes()), *head])
 
 
 def scheme_from_config(config: SchemeConfig) -> QuantScheme:
@@ -58,7 +66,8 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
     """Assign a scheme to every linear of every block.
 
     Raises:
-        ConfigError: a pattern that matches nothing, an unknown scheme field, a group size that does not divide K.
+        ConfigError: a pattern that matches nothing, an unknown scheme field, a group size that does not divide K, or a
+            head that cannot be quantized alone.
     """
     names = [f"{b.name}.{local}" for b in loaded.blocks for local in b.linears]
     for pattern in [*config.ignore, *config.overrides]:
@@ -88,7 +97,34 @@ def make_plan(loaded: LoadedModel, config: QuantConfig) -> Plan:
             linears.append(LinearPlan(name, index, local, n, k, scheme))
     if config.rounding is not Rounding.none and not any(p.scheme for p in linears):
         raise ConfigError("quant.ignore leaves no linear to quantize; use recipe=bf16 for a baseline run")
-    return Plan(linears, config)
+    return Plan(linears, config, _plan_head(loaded, config) if config.lm_head else None)
+
+
+def _plan_head(loaded: LoadedModel, config: QuantConfig) -> LinearPlan:
+    """The output head by its own scheme.
+
+    Raises:
+        ConfigError: it shares the embedding's tensor, or its group size does not divide K.
+        UnsupportedModel: the model has no linear head.
+    """
+    name = head_name(loaded)
+    weight = f"{name}.weight"
+    partner = loaded.tied.get(weight) or next((n for n, holder in loaded.tied.items() if holder == weight), None)
+    if partner is not None:
+        raise ConfigError(
+            f"quant.lm_head=true: {weight} and {partner} are one tensor, so quantizing the head would pack the "
+            "embedding too, which a compressed-tensors artifact cannot carry to its readers: transformers (5.23) fails "
+            "on an embedding without a dense weight, vLLM and SGLang do not read a tied one (vLLM #45535, SGLang "
+            "#36137). Set quant.untie=true, which stores the embedding as it is and the head beside it, or leave "
+            "quant.lm_head out"
+        )
+    n, k = linear_weight(loaded.model.get_submodule(name)).shape
+    scheme = scheme_from_config(config.lm_head_scheme)
+    try:
+        scheme.n_groups(k)
+    except CompressError as error:
+        raise ConfigError(f"quant.lm_head_scheme on {name} [{n}, {k}]: {error}") from error
+    return LinearPlan(name, -1, "", n, k, scheme)
 
 
 def override_scheme(base: QuantScheme, where: str, values: dict[str, Any]) -> QuantScheme:

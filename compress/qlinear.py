@@ -31,6 +31,7 @@ from compress.kernels.choose import (
     CPU_INT4_MAX_TOKENS,
     Backend,
     backend_problem,
+    capability,
     choose_backend,
     int4_group,
     triton_max_tokens,
@@ -202,7 +203,8 @@ class QuantLinear(nn.Module):
         if self.form is Form.PLANAR:
             return Backend.DEQUANT
         shape = (self.out_features, self.in_features)
-        return choose_backend(self.codes.device.type, dtype or self.dtype, self.scheme, shape, m)
+        device = self.codes.device
+        return choose_backend(device.type, dtype or self.dtype, self.scheme, shape, m, capability(device))
 
     def describe(self) -> str:
         """One line for reports: scheme, shape, bytes held, path at few and at many rows."""

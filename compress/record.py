@@ -158,3 +158,16 @@ def reproduce_command(record: Record) -> list[str]:
     if recorded:
         return [str(argument) for argument in recorded]
     return ["python", "-m", "compress", f"recipe={record['name']}", f"model={record['model']}"]
+
+
+def generated_text(calibration: dict[str, Any]) -> str:
+    """What a record's calibration section says of sequences sampled from the original model, as the end of a phrase;
+    empty where there were none."""
+    made = calibration.get("generated")
+    if not made:
+        return ""
+    begun = f"{made['prompt_tokens']} tokens of the text" if made["prompt_tokens"] else "the first token"
+    return (
+        f" and {made['n_sequences']} x {calibration['sequence_length']} sampled from the original model "
+        f"({made['n_tokens']:,} tokens drawn after {begun}, temperature {made['temperature']:g}, seed {made['seed']})"
+    )

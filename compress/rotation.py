@@ -30,7 +30,7 @@ from compress.config import HadamardConfig
 from compress.errors import UnsupportedModel
 from compress.groups import Fold, RunBlock, find_scale_groups
 from compress.methods.hadamard import Turn, random_turn
-from compress.models import Block, LoadedModel, is_linear, is_transposed, linear_weight, set_parameter
+from compress.models import Block, LoadedModel, is_linear, is_transposed, linear_weight, untie
 from compress.plan import Plan
 from compress.streams import HiddenStream, open_stream, tail_logits
 
@@ -120,10 +120,16 @@ def attach_rotation(loaded: LoadedModel, plan: Plan, config: HadamardConfig, dev
     """
     finder = _Finder(loaded, config, device)
     expected, logits = finder.search()
-    notes = _untie(loaded) if config.residual else []
+    notes = [
+        f"the rotation unties {name} from {holder} (the last norm's gain goes into the head): "
+        f"{loaded.model.get_parameter(holder).numel():,} more weights are stored; quant.hadamard.residual=false keeps "
+        "the tie"
+        for name, holder in (untie(loaded) if config.residual else {}).items()
+    ]
     loaded.rotation = finder.rotation
     _check(loaded, finder, expected, logits)
-    masters = {f"{p.name}.weight" for p in plan.linears if p.scheme is not None}
+    quantized = [*plan.linears, *([plan.head] if plan.head is not None else [])]
+    masters = {f"{p.name}.weight" for p in quantized if p.scheme is not None}
     finder.rotation.rounded = set(finder.rotation.changes) - masters
     return notes
 
@@ -283,25 +289,6 @@ class _Finder:
         change = self.rotation.change(f"{names[id(head)]}.weight")
         change.gain, change.columns = (f"{last}.weight", offset), turn
         return logits
-
-
-def _untie(loaded: LoadedModel) -> list[str]:
-    """Give the head a parameter of its own where it shares the embedding's."""
-    assert loaded.rotation is None
-    network = loaded.model
-    ends = [network.get_input_embeddings(), network.get_output_embeddings()]  # type: ignore[operator]
-    pair = {f"{name}.weight" for name, module in network.named_modules() if any(module is end for end in ends)}
-    notes = []
-    for name, holder in list(loaded.tied.items()):
-        if {name, holder} <= pair:
-            loaded.untied[name] = loaded.tied.pop(name)
-            parameter = network.get_parameter(holder)
-            set_parameter(network, name, torch.empty_like(parameter, device="meta"))
-            notes.append(
-                f"the rotation unties {name} from {holder} (the last norm's gain goes into the head): "
-                f"{parameter.numel():,} more weights are stored; quant.hadamard.residual=false keeps the tie"
-            )
-    return notes
 
 
 def _check(loaded: LoadedModel, finder: _Finder, expected: list[Tensor], logits: Tensor) -> None:

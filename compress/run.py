@@ -21,9 +21,9 @@ from compress.state import RunState, code_sha256, fingerprint
 log = logging.getLogger(__name__)
 
 _QUANTIZE_CODE = (
-    "quant.py", "packing.py", "methods", "rotation.py", "blocks.py", "awq_pass.py", "learn_pass.py", "tune.py",
-    "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py", "allocate.py", "sensitivity.py",
-    "calibration.py", "checkpoint.py", "artifact.py",
+    "quant.py", "packing.py", "methods", "rotation.py", "blocks.py", "head.py", "awq_pass.py", "learn_pass.py",
+    "tune.py", "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py", "allocate.py",
+    "sensitivity.py", "calibration.py", "generate.py", "checkpoint.py", "artifact.py",
 )  # fmt: skip
 
 
@@ -54,18 +54,7 @@ class Run:
 
     def tokenizer(self) -> Any:
         if "tokenizer" not in self._models:
-            from transformers import AutoTokenizer
-
-            path = self.loaded.source.path
-            try:
-                self._models["tokenizer"] = AutoTokenizer.from_pretrained(
-                    path, trust_remote_code=self.config.trust_remote_code
-                )
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                raise ModelFileError(
-                    f"{path} has no tokenizer that transformers can load ({str(error).strip().splitlines()[0]}); "
-                    "put the model's tokenizer.json and tokenizer_config.json there"
-                ) from error
+            self._models["tokenizer"] = load_tokenizer(self.loaded.source.path, self.config.trust_remote_code)
         return self._models["tokenizer"]
 
     def reference(self, dtype: torch.dtype) -> Any:
@@ -95,6 +84,23 @@ class Run:
         self.timings[name] = outcome.seconds
         log.info("%s: %s", name, "done before, reused" if outcome.reused else f"{outcome.seconds:.1f} s")
         return outcome.result
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        ModelFileError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelFileError(
+            f"{path} has no tokenizer that transformers can load ({str(error).strip().splitlines()[0]}); "
+            "put the model's tokenizer.json and tokenizer_config.json there"
+        ) from error
 
 
 def quantize_mark(config: RunConfig, source_sha256: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

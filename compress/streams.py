@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError, UnsupportedModel
-from compress.models import Block, LoadedModel, retie, set_parameter
+from compress.models import Block, LoadedModel, retie, set_linear_weight, set_parameter
 
 
 class _Stop(Exception):
@@ -113,10 +113,15 @@ def open_stream(loaded: LoadedModel, tokens: Tensor, batch_size: int, device: to
     return HiddenStream(batches, hidden, calls, device)
 
 
-def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype) -> Tensor:
-    """Logits of hidden states that have passed every block: float32 [S, T, V] on the CPU."""
+def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype, head: Tensor | None = None) -> Tensor:
+    """Logits of hidden states that have passed every block: float32 [S, T, V] on the CPU.
+
+    head: [V, H], in place of the original's.
+    """
     materialize_outside(loaded, stream.device, dtype, with_head=True)
     try:
+        if head is not None:
+            set_linear_weight(loaded.model.get_output_embeddings(), head)  # type: ignore[operator]
         logits = [logits_of(loaded, stream, batch).float().cpu() for batch in range(len(stream.hidden))]
     finally:
         release_outside(loaded)

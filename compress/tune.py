@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compress.blocks import EngineInputs
-from compress.checkpoint import BlockState, load_block, load_tuned, save_block, save_tuned
+from compress.checkpoint import BlockState, load_block, load_head, load_tuned, save_block, save_head, save_tuned
 from compress.config import TuneConfig
 from compress.errors import ArtifactError, NumericalError
 from compress.forecast import free_bytes
@@ -81,13 +81,16 @@ def tune_model(
                 note = tuner.run(on_step)
             verify_logits = tuner.verify_logits()
         finally:
-            _put_back(loaded.model, tuner.fixed_norms)
+            _put_back(loaded.model, tuner.fixed_norms | tuner.original_head)
         norms = tuner.changed_norms()
     for index, (block, state) in enumerate(zip(loaded.blocks, states, strict=True)):
         prefix = f"{block.name}."
         quantized = {name: linears[prefix + name].quantized().to("cpu") for name in state.quantized}
         own = {n.removeprefix(prefix): v for n, v in norms.items() if n.startswith(prefix)}
         save_block(out, index, BlockState(quantized, state.changed | own, state.reports))
+    head = load_head(inputs.checkpoints)
+    if head is not None:  # as it is: the folder holds all that the artifact is made of
+        save_head(out, head)
     outside = set(loaded.outside_blocks())
     save_tuned(out, {n: v for n, v in norms.items() if n in outside}, verify_logits, asdict(note))
     return note, verify_logits
@@ -143,12 +146,22 @@ class _Tuner:
         self.fixed_norms = {
             name: p.detach() for name, p in self.model.named_parameters() if p.ndim == 1 and name.endswith(".weight")
         }
+        self.original_head, self.quantized_head = self._heads()
         self.norms = {n: nn.Parameter(p.float().clone()) for n, p in self.fixed_norms.items()}
         gains = [linear.gain for linear in linears.values()]
         self.groups = [(gains, self.config.scale_rate), (list(self.norms.values()), self.config.norm_rate)]
         self.moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {
             p: (torch.zeros_like(p), torch.zeros_like(p)) for parameters, _ in self.groups for p in parameters
         }
+
+    def _heads(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weight of the head by its name, the original's and the quantized model's; nothing where they are the same."""
+        state = load_head(self.inputs.checkpoints)
+        original, quantized = {}, {}
+        for name, weight in state.quantized.items() if state is not None else ():
+            original[f"{name}.weight"] = self.model.get_parameter(f"{name}.weight").detach()
+            quantized[f"{name}.weight"] = weight.to(self.inputs.device).dequantize(self.inputs.dtype)
+        return original, quantized
 
     def run(self, on_step: Callable[[int, int], None]) -> TuneNote:
         config, n_batches = self.config, len(self.teacher.hidden)
@@ -188,9 +201,9 @@ class _Tuner:
         """KL to the original on one batch: a scalar with a gradient."""
         tokens = self.teacher.token_batches[batch].to(self.inputs.device)
         with training_precision(self.inputs.device, self.inputs.dtype):
-            _place(self.model, self.fixed_norms)  # for the original's head
+            _place(self.model, self.fixed_norms | self.original_head)  # for the original's head
             target = logits_of(self.inputs.loaded, self.teacher, batch)
-            _place(self.model, self._live_norms())
+            _place(self.model, self._live_norms() | self.quantized_head)
             logits = self.model(tokens, use_cache=False).logits
         return kl_to_teacher(logits, target)
 
@@ -232,7 +245,7 @@ class _Tuner:
     @torch.no_grad()
     def verify_logits(self) -> Tensor:
         """float32 [V, T, vocab] on the CPU, in the compute dtype and without autocast."""
-        _place(self.model, self._live_norms())
+        _place(self.model, self._live_norms() | self.quantized_head)
         logits: Tensor = self.model(self.inputs.verify_ids.to(self.inputs.device), use_cache=False).logits
         return logits.float().cpu()
 

@@ -1,7 +1,8 @@
 """Which path computes y = x W^T: the rules of QuantLinear's Backend.AUTO, as pure functions.
 
     CUDA, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
-        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS)
+        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS). On Hopper 4 bits have no
+        limit where its own kernels take the shape (`hopper_takes`): they keep up with cuBLAS
     CPU, 4 bits, groups of 32/64/128/256 inputs (or one scale a row), N a multiple of 16, bfloat16 activations:
         CPU_INT4 up to CPU_INT4_MAX_TOKENS rows of x; above, DEQUANT
     everything else: DEQUANT
@@ -14,6 +15,7 @@ NOTES.md has the measurements behind the limits for 4 bits; that of the other wi
 from __future__ import annotations
 
 from enum import Enum
+from functools import cache
 
 import torch
 
@@ -24,6 +26,7 @@ CPU_INT4_MAX_TOKENS = 64
 TRITON_MAX_TOKENS = 512
 # 8, 3 and 2 bits; not yet measured
 WNA16_MAX_TOKENS = 256
+NO_LIMIT = 1 << 30
 
 
 class Backend(Enum):
@@ -43,9 +46,23 @@ class Backend(Enum):
     W8A8 = "w8a8"
 
 
-def triton_max_tokens(bits: int) -> int:
-    """Rows of x up to which AUTO runs the weight-only kernel on a GPU."""
-    return TRITON_MAX_TOKENS if bits == 4 else WNA16_MAX_TOKENS
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) of anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def hopper_takes(n: int, k: int, group_size: int) -> bool:
+    """Whether the Hopper kernels take a 4-bit weight [n, k]: copies in rows of 16 bytes, scale groups that tile 128
+    inputs or are tiled by them. A group_size of k or more is one scale a row."""
+    return n % 8 == 0 and k % 8 == 0 and (group_size in (32, 64) or group_size % 128 == 0 or group_size >= k)
+
+
+def triton_max_tokens(bits: int, hopper: bool = False) -> int:
+    """Rows of x up to which AUTO runs the weight-only kernel on a GPU; hopper: one of its own kernels will run."""
+    if bits == 4:
+        return NO_LIMIT if hopper else TRITON_MAX_TOKENS
+    return WNA16_MAX_TOKENS
 
 
 def backend_problem(
@@ -76,11 +93,21 @@ def backend_problem(
 
 
 def choose_backend(
-    device_type: str, dtype: torch.dtype, scheme: QuantScheme, shape: tuple[int, int], m: int
+    device_type: str,
+    dtype: torch.dtype,
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    m: int,
+    gpu_capability: tuple[int, int] = (8, 0),
 ) -> Backend:
-    """What AUTO runs for x [m, K] of `dtype` and a weight of `shape` [N, K]; never AUTO or REFERENCE."""
+    """What AUTO runs for x [m, K] of `dtype` and a weight of `shape` [N, K]; never AUTO or REFERENCE.
+
+    gpu_capability: of the device, where device_type is "cuda".
+    """
     if device_type == "cuda":
-        fused, limit = Backend.TRITON, triton_max_tokens(scheme.bits)
+        group_size = scheme.group_size if scheme.granularity is Granularity.GROUP else shape[1]
+        hopper = gpu_capability[0] == 9 and hopper_takes(*shape, group_size)
+        fused, limit = Backend.TRITON, triton_max_tokens(scheme.bits, hopper)
     elif device_type == "cpu" and dtype is torch.bfloat16:
         fused, limit = Backend.CPU_INT4, CPU_INT4_MAX_TOKENS
     else:

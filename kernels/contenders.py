@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.kernels import cpu_int4, planar, timing
-from compress.kernels.choose import Backend, choose_backend
+from compress.kernels.choose import Backend, capability, choose_backend
 from compress.kernels.problem import Problem
 from compress.quant import QuantScheme
 
@@ -48,7 +48,8 @@ def quantized_bits(p: Problem) -> float:
 
 def auto_path(m: int, n: int, k: int, dtype: torch.dtype, group_size: int) -> Backend:
     """What QuantLinear with backend=auto takes for M rows on a GPU."""
-    return choose_backend("cuda", dtype, QuantScheme(bits=4, group_size=group_size), (n, k), m)
+    scheme = QuantScheme(bits=4, group_size=group_size)
+    return choose_backend("cuda", dtype, scheme, (n, k), m, capability(torch.device("cuda")))
 
 
 def auto_linear(x: Tensor, weight: Any) -> Tensor:

@@ -35,9 +35,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.errors import ConfigError
 from compress.kernels import pdl as pdl_launch
+from compress.kernels.common import INTERPRETED
 from compress.kernels.decode_ops import check_operands
 from compress.kernels.decode_reference import HeadShape
-from compress.kernels.common import INTERPRETED
 
 _MIN_ROWS = 16  # of an MMA's left operand
 _COMBINE_FLOATS = 8192  # partial outputs that one program holds in registers at a time

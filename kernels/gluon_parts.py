@@ -31,7 +31,7 @@ def slice_weights(words, minus_base, p: gl.constexpr, DTYPE: gl.constexpr):  # t
     One lop3 makes two nibbles the low mantissa bits of 1024 (float16) or 128 (bfloat16); minus_base = -(that + zero)
     is added, exactly. minus_base broadcasts against words.
     """
-    half: gl.constexpr = DTYPE == gl.float16
+    half: gl.constexpr = gl.float16 == DTYPE
     bits: gl.constexpr = "4; " if p == 1 else ("8; " if p == 2 else "12; ")
     shift: gl.constexpr = "" if p == 0 else "shr.b32 t, t, " + bits
     unbias: gl.constexpr = (

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from compress.errors import ConfigError, EnvironmentProblem
-from compress.kernels import dispatch, table_file, timing, w4a16
+from compress.kernels import dispatch, table_file, timing, w4a16, w4a16_decode, w4a16_tiled
 from compress.kernels.bench import MAX_ERROR, describe_machine, one_line
 from compress.kernels.bench_report import roofline_us
+from compress.kernels.choose import capability
+from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.dispatch import Choice, Entry, Key
 from compress.kernels.problem import GROUP, Problem
 from compress.kernels.reference import relative_error
@@ -56,6 +58,7 @@ class Tunable:
     launch: Callable[[torch.Tensor, Any, Any], torch.Tensor]
     n_multiple: int = 1
     k_multiple: int = 1
+    hopper: bool = False
 
     def takes(self, n: int, k: int) -> bool:
         return n % self.n_multiple == 0 and k % self.k_multiple == 0
@@ -101,7 +104,71 @@ W4A16 = Tunable(
     pack=_w4a16_pack,
     launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
 )
-TUNABLES = {t.name: t for t in (W4A16,)}
+
+
+def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
+    if m > 16:
+        return
+    block_m = 8 if m <= 8 else 16
+    for (block_n, warps), stages in itertools.product(
+        ((16, 8), (16, 4), (32, 8), (32, 4), (64, 4), (128, 4)), (2, 3, 4)
+    ):
+        if block_n * block_m * stages <= (2048 if m <= 8 else 1024):
+            yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
+
+
+DECODE = Tunable(
+    name="w4a16_decode",
+    config=w4a16_decode.DecodeConfig,
+    grid=_decode_grid,
+    expand=lambda m, n, k, config: [config],
+    default=lambda m, n, k: w4a16_decode.choose_config(m, n, k) if m <= 16 else None,
+    pack=_w4a16_pack,
+    launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
+    n_multiple=8,
+    k_multiple=128,
+    hopper=True,
+)
+
+
+# (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
+_TILES = {
+    16: ((64, 4, 3), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
+    32: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
+    64: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
+    128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
+    256: ((64, 4, 3), (128, 8, 3)),
+}
+
+
+def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
+    for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
+        for block_n, warps, stages in _TILES[block_m] if m > 8 else ():
+            yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
+
+
+def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
+    """split_k is compiled in (it decides how sums leave), but a smaller one always runs where a larger one does."""
+    return [replace(config, split_k=s) for s in (1, 2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
+
+
+def _tiled_default(m: int, n: int, k: int) -> w4a16_tiled.TiledConfig | None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return w4a16_tiled.choose_config(m, n, k, n_sms(device), shared_bytes(device)) if m > 8 else None
+
+
+TILED = replace(
+    DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
+    default=_tiled_default, k_multiple=8,
+)  # fmt: skip
+
+
+TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED)}
+
+
+def usable(device_capability: tuple[int, int]) -> list[str]:
+    """Names of the kernels that `w4a16` would choose from on a GPU of this capability."""
+    return [name for name, t in TUNABLES.items() if t.hopper == (device_capability[0] == 9)]
 
 
 # -- the bounded search -----------------------------------------------------------------------------------
@@ -162,8 +229,8 @@ def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) ->
                 packed[kernel] = timing.rotating_copies(tunable.pack(p, dtype))
             return _cell(tunable, packed[kernel], config, x, reference)["us"]
 
-        usable = [t for t in TUNABLES.values() if t.takes(key.n, key.k)]
-        every = [[(t.name, c) for c in candidates(t, key.m, key.n, key.k)] for t in usable]
+        tunables = [TUNABLES[name] for name in usable(capability(device)) if TUNABLES[name].takes(key.n, key.k)]
+        every = [[(t.name, c) for c in candidates(t, key.m, key.n, key.k)] for t in tunables]
         in_turn = [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
         found = best_within(in_turn, measure, budget_s)
     if found is None:
@@ -201,9 +268,9 @@ def _cell(tunable: Tunable, copies: list[Any], config: Any, x: torch.Tensor, ref
 def _compile(task: tuple[str, Any, int, str]) -> None:
     """Compile one kernel into Triton's disk cache by running it on a small problem with the same specialization."""
     kernel, config, m, dtype_name = task
-    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Problem(512, 1024, "cuda")
+    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Problem(512, 4096, "cuda")
     weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-    for full in tunable.expand(m, p.n, p.k, config)[:2]:
+    for full in tunable.expand(m, p.n, p.k, config):
         try:
             tunable.launch(x, weight, full)
             torch.cuda.synchronize()
@@ -265,16 +332,18 @@ def _print_cell(n: int, k: int, m: int, here: list[dict[str, Any]], machine: dic
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="4096x4096,6144x4096,28672x4096,4096x14336,57344x8192")
-    parser.add_argument("--ms", default="1,4,16,64,256,1024")
+    parser.add_argument("--ms", default="1,4,8,16,32,64,128,256,512,1024,4096")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--kernels", default=",".join(TUNABLES), help="comma list (default %(default)s)")
+    parser.add_argument(
+        "--kernels", help=f"comma list of {', '.join(TUNABLES)} (default: those that this GPU would use)"
+    )
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="directory for tune_<dtype>.json, every figure")
     parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")
     args = parser.parse_args(argv)
     args.ms = [int(m) for m in args.ms.split(",")]
     args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in args.shapes.split(","))]
-    args.kernels = args.kernels.split(",")
+    args.kernels = args.kernels.split(",") if args.kernels else []
     if unknown := [name for name in args.kernels if name not in TUNABLES]:
         parser.error(f"--kernels {','.join(unknown)}: known are {', '.join(TUNABLES)}")
     return args
@@ -285,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
     torch.set_grad_enabled(False)
+    args.kernels = args.kernels or usable(torch.cuda.get_device_capability())
     began = time.time()
     tasks = [
         (name, config, m, args.dtype) for name in args.kernels for m in args.ms for config in TUNABLES[name].grid(m)

@@ -16,6 +16,9 @@ of 32 has one scale a slice; from 128 on, one a tile, applied to the float32 acc
 small integers in the tensor cores, and there is no rounding of scale * code. K beyond the last tile is padded with zero
 codes and x is masked there.
 
+On Hopper two kernels with this layout take over, by shape (`_configuration`): `w4a16_decode` for a few tokens and
+`w4a16_tiled` above. The kernel here runs everywhere else, and in the interpreter.
+
 Work split. W is the *left* operand, so a dequantized tile goes from registers straight into the MMA, and M is the MMA's
 N dimension, padded to 16 at least. Program (tile of N, tile of M, split s) reads tiles t = s * per .. of K. With
 SPLIT > 1 partial sums go to a float32 workspace [SPLIT, M, N] and a second kernel adds them in order: the same bits
@@ -32,6 +35,7 @@ Twin: `compress.kernels.reference.w4a16_linear`. Runs under TRITON_INTERPRET=1 o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -39,7 +43,8 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import ConfigError
-from compress.kernels import common
+from compress.kernels import common, dispatch
+from compress.kernels.choose import capability, hopper_takes
 from compress.kernels.common import field_to_float, load_column, tile_of_program
 
 TILE_K = tl.constexpr(128)
@@ -94,7 +99,11 @@ def pack_kernel_layout(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Ker
     def columns(t: Tensor) -> Tensor:
         return t.expand(n, groups).t().contiguous()
 
-    return KernelWeight(words.contiguous(), columns(scale), None if zero is None else columns(zero), n, k, group_size)
+    weight = KernelWeight(words.contiguous(), columns(scale), None if zero is None else columns(zero), n, k, group_size)
+    if codes.is_cuda:
+        # the Hopper kernels read weights before they wait for the kernel that precedes them, which may be one of these
+        torch.cuda.current_stream(codes.device).synchronize()
+    return weight
 
 
 def unpack_kernel_layout(weight: KernelWeight) -> Tensor:
@@ -191,24 +200,55 @@ def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     common.check_operands(x, words, scale, zero, bias, group_size)
 
 
-def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype; float32 accumulation. Twin: `reference.w4a16_linear`.
 
     Args:
         x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
         bias: [N] or None.
-        config: overrides `choose_config`.
+        config: a Config, DecodeConfig or TiledConfig instead of the measured choice.
 
     Raises:
         ConfigError: a dtype, shape, stride or device that does not fit.
         EnvironmentProblem: the device cannot run the kernel.
     """
     _check(x, weight.words, weight.scale, weight.zero, bias, weight.group_size)
+    if x.shape[0] == 0 or weight.n == 0:
+        return torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
+    if config is None:
+        config = _configuration(x, weight)
+    if isinstance(config, Config):
+        return _launch(x, weight, bias, config)
+    from compress.kernels import w4a16_decode, w4a16_tiled
+
+    kernel = w4a16_decode if isinstance(config, w4a16_decode.DecodeConfig) else w4a16_tiled
+    return kernel.launch(x, weight, bias, config)
+
+
+def _configuration(x: Tensor, weight: KernelWeight) -> Any:
+    """The measured choice for this GPU and shape, or the rule of the kernel that takes it."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    if not (x.is_cuda and capability(x.device)[0] == 9 and hopper_takes(n, k, weight.group_size)):
+        return choose_config(m, n, k, common.n_sms(x.device))
+    if x.data_ptr() % 16 or weight.words.data_ptr() % 16:  # bulk copies take whole 16 bytes
+        return choose_config(m, n, k, common.n_sms(x.device))
+    from compress.kernels import w4a16_decode, w4a16_tiled
+
+    choice = dispatch.choose(x.device, x.dtype, 4, weight.group_size, weight.zero is None, n, k, m)
+    decode = dispatch.as_config(choice, "w4a16_decode", w4a16_decode.DecodeConfig)
+    if decode is not None and m <= decode.block_m and k % TILE_K.value == 0:
+        return decode
+    tiled = dispatch.as_config(choice, "w4a16_tiled", w4a16_tiled.TiledConfig)
+    if tiled is not None:
+        return tiled
+    if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
+        return w4a16_decode.choose_config(m, n, k)
+    return w4a16_tiled.choose_config(m, n, k, common.n_sms(x.device), common.shared_bytes(x.device))
+
+
+def _launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: Config) -> Tensor:
     m, k, n = x.shape[0], weight.k, weight.n
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    config = config or choose_config(m, n, k, common.n_sms(x.device))
     tiles = weight.words.shape[0]
     per_split = -(-tiles // config.split_k)
     split = -(-tiles // per_split)

@@ -9,8 +9,8 @@ split K, tile by tile, so that small weights fill the machine without a second k
           +----+----+----+----+----+----+----+----+
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
-Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, a step ahead.
-A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the
+Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, as far
+ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the
 right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel (programmatic
 dependent launch): weights do not depend on it.
 
@@ -31,6 +31,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
 from compress.kernels.w4a16 import KernelWeight
 
+RULE_MAX_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -44,7 +46,7 @@ class DecodeConfig:
 
 @gluon.constexpr_function
 def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
-    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q holds words 8 q .. 8 q + 7 of rows r, r + 8 .."""
+    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. 8 q + 7 of rows r, r + 8."""
     reg = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     row = 8
     while row < rows:
@@ -107,7 +109,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    base: gl.constexpr = 1024.0 if dtype == gl.float16 else 128.0
+    base: gl.constexpr = 1024.0 if gl.float16 == dtype else 128.0
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
@@ -207,6 +209,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0).to(gl.float32), 1)
     rn = gl.expand_dims(rn, 1)
     gl.store(out_ptr + rm * N + rn, y.to(out_ptr.dtype.element_ty), mask=(rm < M) & (rn < N))
+
+
+def choose_config(m: int, n: int, k: int) -> DecodeConfig:
+    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, wider ones once N alone fills the
+    machine; eight warps share a long K. Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
+    if m > 8:
+        return DecodeConfig(16, 32, 4, 2)
+    if n > 12288:
+        return DecodeConfig(8, 64, 4, 2)
+    return DecodeConfig(8, 16, 8, 2) if n <= 4096 or k > 8192 else DecodeConfig(8, 16, 4, 4)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:

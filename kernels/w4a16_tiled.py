@@ -1,30 +1,31 @@
 """W4A16 with warpgroup MMAs on Hopper, from M = 17 to prefill: the dequantized weight never leaves the registers.
 
-The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M tokens:
+The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M
+tokens:
 
     words [BLOCK_N, 32] --bulk copy--> shared --ldmatrix--> registers --lop3, add, mul--> left operand  \\
                                                                                            wgmma += [BLOCK_N, BLOCK_M]
     x [BLOCK_M, 2 x 64] --bulk copy--> shared (128-byte swizzle) ------------------------> right operand /
 
-A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's operand is
-dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
+A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's operand
+is dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
 
     MMA            | low t        | high t       | low t+1      | ...
     dequantize     | high t       | low t+1      | high t+1     |
 
-Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, the product with the scale is rounded once.
+Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, its product with the scale rounded once.
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
 registers. y leaves through shared memory as whole lines.
 
 Tiles that fill whole waves of the machine are computed by one program each. With SPLIT > 1 the rest, all of them where
-there are few, share out K: float32 partial sums, which a second kernel adds in order, so the bits are the same every run.
+there are few, share out K: float32 partial sums, which a second kernel adds in order: the same bits every run.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -62,8 +63,8 @@ class TiledConfig:
 
 @gluon.constexpr_function
 def _words_layout(rows, warps):  # type: ignore[no-untyped-def]
-    """[rows / 2, 64] int16, two rows of W side by side, held as the left operand of wgmma holds [rows, 32]: lane 4 r + q
-    of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
+    """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q of
+    warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
     reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
     row = 16 * warps
     while row < rows:
@@ -88,7 +89,7 @@ def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, A: gl.constexp
 def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Scale and -(base + zero) of tile t, four each (one a slice): [BLOCK_N] in DTYPE."""
-    base: gl.constexpr = 1024.0 if DTYPE == gl.float16 else 128.0
+    base: gl.constexpr = 1024.0 if gl.float16 == DTYPE else 128.0
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     scales = ()
     minus_base = ()
@@ -109,7 +110,7 @@ def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
 def _half_tile(words, scales, minus_base, h: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
                BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand."""
-    base: gl.constexpr = 1024.0 if DTYPE == gl.float16 else 128.0
+    base: gl.constexpr = 1024.0 if gl.float16 == DTYPE else 128.0
     halves = ()
     for p in gl.static_range(2 * h, 2 * h + 2):
         if HAS_ZERO:
@@ -193,9 +194,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     phase = 0
     for t in range(first, last):
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        coming, coming_base = _columns(
-            scale_ptr, zero_ptr, t + 1, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
-        )
+        coming, coming_base = _columns(scale_ptr, zero_ptr, t + 1, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
         # all but `low` is done: the registers of the last `high` may be written again, and its stage be filled. A wgmma
         # reads its registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
@@ -266,6 +265,24 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
+def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> TiledConfig:
+    """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle.
+    Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
+    tiles = -(-k // 128)
+    if m <= 128:
+        block_m = max(16, 1 << (m - 1).bit_length())
+        block_n, warps = (64 if n <= 8192 and m > 32 else 128), 4
+    elif m <= 256 and n <= 8192:
+        block_m, block_n, warps = 128, 64, 4
+    else:
+        block_m, block_n, warps = 256, 128, 8
+    config = TiledConfig(block_m, block_n, 1, warps, 3)
+    at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
+    rest = programs % at_once
+    split = min(8, at_once // rest, tiles // 4) if rest else 1
+    return replace(config, split_k=1 << (split.bit_length() - 1) if split > 1 else 1)
+
+
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, k, n = x.shape[0], weight.k, weight.n
@@ -277,9 +294,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
         at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
         whole = programs // at_once * at_once
         tail = programs - whole
-        workspace = torch.empty(
-            tail * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device
-        )
+        workspace = torch.empty(tail * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     wide = gl.NVMMASharedLayout(128, 16, 2)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)

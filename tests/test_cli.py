@@ -45,7 +45,10 @@ def test_mistyped_recipe_is_answered_at_once() -> None:
     [
         (["recipe=zzzzzz"], "there is no recipe 'zzzzzz'; known are awq4, awq_gptq4, best2"),
         (["recip=awq4"], "there is no setting 'recip'; did you mean 'recipe'?"),
-        (["bits=4"], "there is no setting 'bits'; did you mean 'quant.scheme.bits' or 'budget.bits'?"),
+        (
+            ["bits=4"],
+            "no setting 'bits'; did you mean 'quant.scheme.bits' or 'quant.lm_head_scheme.bits' or 'budget.bits'?",
+        ),
         (["quant.schme.bits=4"], "did you mean 'quant.scheme.bits'?"),
         (["quant.scheme.bitz=4"], "there is no setting 'quant.scheme.bitz'; did you mean 'quant.scheme.bits'?"),
         (["+foo=1"], "there is no setting 'foo'"),

@@ -378,6 +378,7 @@ def searchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[w4a16.Config]]:
         launch=launch,
     )
     monkeypatch.setattr(tune, "TUNABLES", {"w4a16": tunable})
+    monkeypatch.setattr(tune, "capability", lambda device: (8, 0))
     monkeypatch.setattr(tune, "Problem", lambda n, k, device, group, symmetric: Problem(n, k, "cpu", group, symmetric))
     monkeypatch.setattr(timing, "rotating_copies", lambda weight: [weight])
     monkeypatch.setattr(timing, "time_gpu", lambda call, copies, **_: us[launched[-1].split_k])

@@ -87,7 +87,7 @@ class _Markov(nn.Module):
         self.log_table = nn.Parameter(table.log())
 
     def forward(self, input_ids: Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.log_table[input_ids], past_key_values=past_key_values)
+        return SimpleNamespace(logits=self.log_table[input_ids], past_key_values=past_key_values or ())
 
 
 def test_sampler_draws_the_model_distribution() -> None:

@@ -11,7 +11,7 @@ from compress.frontier import Frontier
 from compress.gate import GateResult
 from compress.html.axes import Figure
 from compress.html.elements import bullets, chart_card, definitions, html_table, number_cell, table_cell, table_row
-from compress.record import Record, reproduce_command
+from compress.record import Record, generated_text, reproduce_command
 from compress.report import fallbacks, task_verdict, verdict
 from compress.units import format_bytes, format_count, format_ms, format_seconds, format_share, format_stderr
 
@@ -298,7 +298,7 @@ def provenance_section(record: Record) -> str:
             ("evaluation data", f"{record['quality']['dataset']}, sha256 {record['quality']['dataset_sha256']}")
         )
     if calibration is not None:
-        shape = f"{calibration['n_sequences']} × {calibration['sequence_length']} tokens"
+        shape = f"{calibration['n_sequences']} × {calibration['sequence_length']} tokens{generated_text(calibration)}"
         about.append(("calibration", f"{calibration['source']}, {shape}, sha256 {calibration['sha256']}"))
     timings = [(name, format_seconds(spent)) for name, spent in record["timings"].items()]
     environment = [(str(k), str(v)) for k, v in record["environment"].items() if v is not None]

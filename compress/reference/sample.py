@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compress.generate import continue_sequences
 from compress.reference import model_path
 
 log = logging.getLogger(__name__)
@@ -40,27 +41,13 @@ def sample_sequences(
     Args:
         model: HF causal LM with a KV cache, on the CPU.
         length: tokens of a sequence, the start token included; at least 1.
-        generator: CPU generator; one float64 uniform is taken per token.
+        generator: CPU generator; one float64 uniform is taken per token, all sequences' first tokens first.
 
     Returns:
         int64 [n_sequences, length], column 0 = start_id.
     """
-    tokens = torch.full((n_sequences, length), start_id, dtype=torch.int64)
-    cache = None
-    with torch.inference_mode():
-        for t in range(1, length):
-            out = model(input_ids=tokens[:, t - 1 : t], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            tokens[:, t] = _draw(out.logits[:, -1], generator)
-    return tokens
-
-
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One id a row, [B, V] -> [B], by inversion of the cumulative distribution."""
-    cdf = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    u = torch.rand(logits.shape[0], 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]
-    # right=True: the first id whose cdf exceeds u, so an id of probability 0 is never drawn
-    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    uniforms = torch.rand(length - 1, n_sequences, dtype=torch.float64, generator=generator).t()
+    return continue_sequences(model, torch.full((n_sequences, 1), start_id, dtype=torch.int64), uniforms)
 
 
 def _batches(model: nn.Module, n_sequences: int, generator: torch.Generator, batch_size: int = 32) -> Iterator[Tensor]:

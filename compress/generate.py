@@ -1,0 +1,236 @@
+"""Calibration sequences sampled from the original model itself (LLM-QAT, arXiv 2305.17888, section 3.1).
+
+Text to calibrate on is scarce, the model is not: sequences drawn from its own next-token distribution are on its
+distribution by construction, and what learned rounding and tuning fit on them carries over to text. Every sequence
+begins with some tokens of the calibration text (so that it stays near the user's subject), or with the BOS token, and
+every token after that is drawn by inverting the cumulative distribution in float64.
+
+Differs from the paper: all tokens are drawn, none are taken greedily, and the beginnings come from text.
+
+The draws are fixed before the first one is made, one row of uniforms a sequence, from a generator of their own. Which
+batch a sequence falls in changes its logits by rounding alone; the process's own random state is never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.atomic import write_atomically
+from compress.calibration import CalibrationSet
+from compress.config import CalibrationConfig
+from compress.errors import EnvironmentProblem, NumericalError, UnsupportedModel
+from compress.forecast import free_bytes
+from compress.models import LoadedModel, load_dense, load_model
+from compress.units import format_bytes
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass
+class GenerateJob:
+    """text: where sequences begin; file: where finished ones are kept; mark: fingerprint of all that decides them, so
+    that a file of another job is not taken for this one's."""
+
+    loaded: LoadedModel
+    text: CalibrationSet
+    config: CalibrationConfig
+    device: torch.device
+    dtype: torch.dtype
+    file: Path
+    mark: str
+    trust_remote_code: bool = False
+
+
+def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
+    """Sample the sequences into `job.file`, going on where an earlier call stopped; facts of them as JSON values.
+
+    Raises:
+        EnvironmentProblem: the whole model, which the quantization itself never holds, does not fit the device.
+        UnsupportedModel: a model without a KV cache.
+        NumericalError: logits that are not finite.
+    """
+    config = job.config
+    length, n = config.sequence_length, config.generated
+    begin = beginnings(job.text.input_ids, n, config.generated_prompt, _first_id(job.loaded))
+    new = length - begin.shape[1]
+    seeded = torch.Generator().manual_seed(config.generated_seed)
+    uniforms = torch.rand(n, new, dtype=torch.float64, generator=seeded)
+    done = _read(job.file, job.mark)
+    done = done[:n] if done is not None else torch.empty(0, length, dtype=torch.int64)
+    if len(done) < n:
+        _check_memory(job)
+        model = load_dense(load_model(str(job.loaded.source.path), None, job.trust_remote_code), job.device, job.dtype)
+        batches = list(range(len(done), n, config.generated_batch_size))
+        for number, start in enumerate(batches):
+            rows = slice(start, start + config.generated_batch_size)
+
+            def step(t: int, number: int = number) -> None:
+                on_step(number * new + t, len(batches) * new)
+
+            found = continue_sequences(
+                model, begin[rows].to(job.device), uniforms[rows], config.generated_temperature, step
+            )
+            done = torch.cat([done, found.cpu()])
+            _write(job.file, done, job.mark)
+        del model
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "n_sequences": n,
+        "n_tokens": n * new,
+        "prompt_tokens": config.generated_prompt,
+        "temperature": config.generated_temperature,
+        "seed": config.generated_seed,
+        "batch_size": config.generated_batch_size,
+        "sha256": _sha256(done),
+    }
+
+
+def read_generated(file: Path, sha256: str) -> Tensor | None:
+    """Finished sequences int64 [S, T]; None when the file is gone, damaged or holds others."""
+    tokens = _read(file, None)
+    return tokens if tokens is not None and _sha256(tokens) == sha256 else None
+
+
+def mixed(text: CalibrationSet, generated: Tensor) -> CalibrationSet:
+    """Text and generated sequences spread evenly among each other: every share of consecutive sequences (a batch, what
+    is held out at the end) is then a sample of both."""
+    counts = (len(text.input_ids), len(generated))
+    place = torch.cat([(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in counts])
+    order = torch.argsort(place, stable=True)
+    return CalibrationSet(torch.cat([text.input_ids, generated])[order], text.source)
+
+
+def beginnings(text_ids: Tensor, n: int, prompt: int, first_id: int | None) -> Tensor:
+    """What n sequences begin with, int64 [n, P].
+
+    Sequence i takes `prompt` tokens of window i; when the windows are used up, the next ones further in. With prompt=0
+    it is `first_id` alone, or where the model has none the first token of window i.
+    """
+    n_windows, length = text_ids.shape
+    if prompt == 0 and first_id is not None:
+        return torch.full((n, 1), first_id, dtype=torch.int64)
+    width = max(prompt, 1)
+    rounds = [(i // n_windows) * width % (length - width + 1) for i in range(n)]
+    return torch.stack([text_ids[i % n_windows, at : at + width] for i, at in enumerate(rounds)])
+
+
+def continue_sequences(
+    model: nn.Module,
+    begin: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw tokens from a causal LM until every sequence has as many as its uniforms; an end-of-text token ends nothing.
+
+    Args:
+        model: HF causal LM with a KV cache, on the device of `begin`.
+        begin: int64 [B, P], P >= 1. uniforms: float64 [B, T - P], each in [0, 1).
+        on_step: called with the number of tokens drawn so far for each sequence.
+
+    Returns:
+        int64 [B, T] on the device of `begin`, columns 0 .. P-1 = begin.
+
+    Raises:
+        UnsupportedModel, NumericalError: as `generate`.
+    """
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # a whole prompt's logits are large
+    options = {"logits_to_keep": 1} if keeps else {}
+    n_begin, new = begin.shape[1], uniforms.shape[1]
+    tokens = torch.cat([begin, begin.new_zeros(len(begin), new)], dim=1)
+    uniforms = uniforms.to(begin.device)
+    cache, fed = None, begin
+    with torch.inference_mode():
+        for t in range(new):
+            out = model(input_ids=fed, past_key_values=cache, use_cache=True, **options)
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:  # the next step would see its last token alone
+                raise UnsupportedModel(
+                    f"{type(model).__name__} gives no KV cache to go on sampling from; set calibration.generated=0"
+                )
+            fed = draw(out.logits[:, -1], uniforms[:, t : t + 1], temperature)
+            tokens[:, n_begin + t] = fed.squeeze(-1)
+            if on_step is not None:
+                on_step(t + 1)
+    return tokens
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
+    """One id a row by inversion of the cumulative distribution: [B, V], float64 [B, 1] -> int64 [B, 1].
+
+    Raises:
+        NumericalError: a row without a distribution.
+    """
+    cdf = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    if not torch.isfinite(cdf[:, -1]).all():
+        raise NumericalError(
+            "the model gives NaN or infinite logits while sampling calibration sequences; use compute_dtype=float32 or "
+            "bfloat16, or calibration.generated=0"
+        )
+    # right=True: the first id whose cdf exceeds u, so an id of probability 0 is never drawn
+    return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+
+
+def generation_bytes(loaded: LoadedModel, config: CalibrationConfig, dtype: torch.dtype) -> int:
+    """Bytes on the device while sampling: the whole model, keys and values of one batch, and the float64 tables of its
+    logits. 0 where nothing is sampled."""
+    if not config.generated:
+        return 0
+    text = loaded.model.config.get_text_config()  # type: ignore[operator,union-attr]
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    rows = min(config.generated, config.generated_batch_size)
+    weights = sum(p.numel() for p in loaded.model.parameters())
+    cache = 2 * len(loaded.blocks) * kv_heads * head_dim * config.sequence_length * rows
+    # keys and values of one block exist twice while a token is appended
+    return int((weights + cache + 2 * cache // len(loaded.blocks)) * dtype.itemsize + 3 * 8 * rows * text.vocab_size)
+
+
+def _check_memory(job: GenerateJob) -> None:
+    needed, free = generation_bytes(job.loaded, job.config, job.dtype), free_bytes(job.device)
+    if free is not None and needed > free:
+        raise EnvironmentProblem(
+            f"calibration.generated: sampling holds the whole model and a KV cache, about {format_bytes(needed)} on "
+            f"{job.device}, where {format_bytes(free)} are free; lower calibration.generated_batch_size, or set "
+            "calibration.generated=0"
+        )
+
+
+def _first_id(loaded: LoadedModel) -> int | None:
+    """The BOS token of the model's config."""
+    first = getattr(loaded.model.config.get_text_config(), "bos_token_id", None)  # type: ignore[operator,union-attr]
+    return first if isinstance(first, int) else None
+
+
+def _write(file: Path, tokens: Tensor, mark: str) -> None:
+    write_atomically(file, lambda p: save_file({"tokens": tokens}, p, metadata={"mark": mark}))
+
+
+def _read(file: Path, mark: str | None) -> Tensor | None:
+    """Tokens of a file, if it is whole and, given a mark, bears it."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as f:
+            if mark is not None and (f.metadata() or {}).get("mark") != mark:
+                return None
+            tokens: Tensor = f.get_tensor("tokens")
+    except SafetensorError:
+        return None  # half a file is none: the sequences are drawn again, and are the same
+    return tokens
+
+
+def _sha256(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,176 @@
+"""Calibration sequences sampled from the original model: the right distribution, once and for all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import stages, tiny_config, verify_in_process
+from transformers import AutoModelForCausalLM
+
+import compress.generate as generation
+from compress.calibration import CalibrationSet
+from compress.config import CalibrationConfig
+from compress.errors import ConfigError, EnvironmentProblem, NumericalError, UnsupportedModel
+from compress.generate import GenerateJob, beginnings, continue_sequences, draw, generate, mixed, read_generated
+from compress.models import load_model
+from compress.pipeline import run_pipeline
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def job(tiny_model_dir: Path, tmp_path: Path) -> GenerateJob:
+    """Five sequences of 12 tokens in batches of 2, begun with 4 tokens of two windows."""
+    config = CalibrationConfig(
+        n_sequences=2, sequence_length=12, generated=5, generated_prompt=4, generated_batch_size=2
+    )
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+    text = CalibrationSet(ids, "made up")
+    loaded = load_model(str(tiny_model_dir))
+    return GenerateJob(loaded, text, config, CPU, torch.float32, tmp_path / "generated.safetensors", "mark")
+
+
+def quiet(_done: int, _total: int) -> None:
+    pass
+
+
+def test_draws_follow_the_tempered_distribution() -> None:
+    """Oracle: softmax(logits / temperature) at evenly spread uniforms: each id comes as often as its probability says,
+    to one draw, and an id of probability 0 never."""
+    logits = torch.tensor([[2.0, 0.0, -1.0, -torch.inf, 1.0]])
+    uniform = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000).unsqueeze(1)
+    for temperature in (0.5, 1.0, 2.0):
+        ids = draw(logits.expand(len(uniform), -1), uniform, temperature)
+        expected = 10_000 * torch.softmax(logits[0].double() / temperature, -1)
+        assert (torch.bincount(ids.flatten(), minlength=5) - expected).abs().max() <= 1
+    with pytest.raises(NumericalError, match="NaN or infinite logits"):
+        draw(torch.tensor([[float("nan"), 0.0]]), uniform[:1])
+
+
+def test_sequences_are_the_inverted_distribution_of_a_full_forward(tiny_model_dir: Path) -> None:
+    """Oracle: the same uniforms inverted with the logits of one forward without cache over the finished sequences."""
+    tiny = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    begin = torch.tensor([[5, 9, 33], [200, 1, 7]])
+    uniforms = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    tokens = continue_sequences(tiny, begin, uniforms, 1.3)
+    assert torch.equal(tokens[:, :3], begin)
+    with torch.inference_mode():
+        cdf = (tiny(input_ids=tokens).logits.double() / 1.3).softmax(-1).cumsum(-1)
+    for t in range(9):
+        assert torch.equal((cdf[:, 2 + t] <= uniforms[:, t : t + 1]).sum(-1), tokens[:, 3 + t])
+
+
+def test_a_model_without_a_cache_is_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a model that forgets: continuing from its last token alone would be another distribution."""
+    tiny = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    real = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda **kw: real(**kw | {"use_cache": False}))
+    with pytest.raises(UnsupportedModel, match="no KV cache"):
+        continue_sequences(tiny, torch.tensor([[1, 2]]), torch.rand(1, 3, dtype=torch.float64))
+
+
+def test_beginnings_use_every_window_before_going_further_in() -> None:
+    """Oracle: by hand, on windows whose tokens say where they stand."""
+    ids = torch.arange(24).view(2, 12)
+    expected = [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11]]
+    assert beginnings(ids, 5, 4, first_id=99).tolist() == expected
+    assert beginnings(ids, 2, 0, first_id=99).tolist() == [[99], [99]]
+    assert beginnings(ids, 3, 0, first_id=None).tolist() == [[0], [12], [1]]
+    assert beginnings(ids, 40, 7, None).shape == (40, 7)  # wraps before the end of a window
+
+
+def test_text_and_generated_are_spread_among_each_other() -> None:
+    """Oracle: by hand; every sequence is there once, in its own order, and each third holds one of the text."""
+    text = CalibrationSet(torch.arange(3).view(3, 1), "text")
+    both = mixed(text, 10 + torch.arange(6).view(6, 1))
+    assert both.input_ids.flatten().tolist() == [10, 0, 11, 12, 1, 13, 14, 2, 15]
+    assert both.source == "text" and both.sha256 != text.sha256
+
+
+def test_sampling_repeats_and_leaves_the_random_state_alone(job: GenerateJob) -> None:
+    """Oracle: torch's own global state before and after; a second sampling elsewhere; another seed."""
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    facts = generate(job, quiet)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    tokens = read_generated(job.file, facts["sha256"])
+    assert tokens is not None and tokens.shape == (5, 12) and facts["n_tokens"] == 5 * 8
+    assert torch.equal(tokens[:, :4], beginnings(job.text.input_ids, 5, 4, None))
+    again = replace(job, file=job.file.with_name("again"))
+    assert generate(again, quiet) == facts
+    other = replace(job, file=job.file.with_name("other"), config=replace(job.config, generated_seed=1))
+    assert generate(other, quiet)["sha256"] != facts["sha256"]
+
+
+def test_sampling_goes_on_where_it_was_stopped(job: GenerateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: an undisturbed sampling. Stopped in the second of three batches, the first is not drawn again; a file of
+    another job, and half a file, are not taken."""
+    expected = generate(replace(job, file=job.file.with_name("whole")), quiet)
+
+    def stop(done: int, _total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(job, stop)
+    totals: list[int] = []
+    assert generate(job, lambda _done, total: totals.append(total)) == expected
+    assert set(totals) == {2 * 8}  # two batches of eight draws
+    monkeypatch.setattr(generation, "continue_sequences", lambda *_: pytest.fail("sampled again"))
+    assert generate(job, quiet) == expected
+    monkeypatch.undo()
+    totals.clear()
+    generate(replace(job, mark="another"), lambda _done, total: totals.append(total))
+    assert set(totals) == {3 * 8}
+    job.file.write_bytes(job.file.read_bytes()[:-40])
+    assert read_generated(job.file, expected["sha256"]) is None and generate(job, quiet) == expected
+
+
+def test_a_model_too_large_to_sample_from_says_so(job: GenerateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the weights alone in float32 are more than is free."""
+    monkeypatch.setattr(generation, "free_bytes", lambda _: 4 * 80_000)
+    with pytest.raises(EnvironmentProblem, match=r"lower calibration.generated_batch_size, or set calibration.generat"):
+        generate(job, quiet)
+
+
+def test_settings_that_leave_nothing_to_sample() -> None:
+    """Oracle: the rules in words; without generated sequences the prompt is not looked at."""
+    with pytest.raises(ConfigError, match=r"generated_prompt=16 leaves nothing to sample of sequence_length=16"):
+        CalibrationConfig(sequence_length=16, generated=1, generated_prompt=16)
+    CalibrationConfig(sequence_length=16, generated_prompt=16)
+    with pytest.raises(ConfigError, match="generated_temperature=0"):
+        CalibrationConfig(generated=1, generated_temperature=0.0)
+
+
+def test_a_run_calibrates_on_both_and_says_so(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the record, the manifest and the card name the sequences; a second run samples nothing; a run whose file
+    is gone samples the same again."""
+    verify_in_process(monkeypatch)
+    plain = tiny_config(tiny_model_dir, tmp_path)
+    calibration = replace(plain.calibration, generated=3, generated_prompt=8, generated_batch_size=2)
+    config = replace(plain, calibration=calibration, run_dir=str(tmp_path / "run"))
+    record = run_pipeline(config)
+    made = record["calibration"]["generated"]
+    assert made["n_sequences"] == 3 and made["n_tokens"] == 3 * 24
+    assert record["calibration"]["n_sequences"] == 4
+    assert {layer["n_tokens"] for layer in record["layers"]} == {7 * 32}
+    manifest: dict[str, Any] = json.loads((tmp_path / "run" / "artifact" / "manifest.json").read_text())
+    assert manifest["calibration"] == record["calibration"]
+    assert "generate" in stages(tmp_path / "run") and record["timings"]["generate"] > 0
+    from compress.card import model_card
+
+    assert "3 x 32 sampled from the original model (72 tokens drawn after 8 tokens of the text" in model_card(record)
+
+    monkeypatch.setattr(generation, "continue_sequences", lambda *_: pytest.fail("sampled again"))
+    assert run_pipeline(config)["calibration"] == record["calibration"]
+    monkeypatch.setattr(generation, "continue_sequences", continue_sequences)
+    (tmp_path / "run" / "generated.safetensors").unlink()
+    assert run_pipeline(config)["calibration"] == record["calibration"]
+    assert run_pipeline(replace(plain, run_dir=str(tmp_path / "plain")))["calibration"]["sha256"] != made["sha256"]
