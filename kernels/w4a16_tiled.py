@@ -307,7 +307,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
         SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     if tail:
-        rows = min(config.block_m, max(1, 2048 // config.block_n))
+        rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
         _sum_tail_kernel[(tail, config.block_m // rows)](
             workspace, bias, y, m, n, whole, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, SPLIT=split, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
