@@ -10,12 +10,12 @@ split K, tile by tile, so that small weights fill the machine without a second k
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
 Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, as far
-ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the
-right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel (programmatic
-dependent launch): weights do not depend on it.
+ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of
+x the right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel
+(programmatic dependent launch): weights do not depend on it.
 
-A whole decode step (`compress.decoder`) is a chain of such products with little between them, and a launch costs as much as
-what lies between. `decode_reference.Around` therefore lets a product do its neighbours' work:
+A whole decode step (`compress.decoder`) is a chain of such products with little between them, and a launch costs as
+much as what lies between. `decode_reference.Around` therefore lets a product do its neighbours' work:
 
     residual    h = y + residual leaves as the new residual stream, h * norm as the input of the next product, and the
                 sums of squares of h, one a program, from which that product takes the mean
@@ -58,7 +58,7 @@ class DecodeConfig:
 
 @gluon.constexpr_function
 def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
-    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. 8 q + 7 of rows r, r + 8."""
+    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. + 7 of rows r, r + 8."""
     reg = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     row = 8
     while row < rows:
@@ -115,8 +115,8 @@ def _load_scale(scale_ptr, s_tile, s_n, t, s: gl.constexpr, N, K, tiles, GROUP: 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "n_squares", "eps"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr, sums_ptr,
-    n_squares, eps, M, N, K, tiles,
+    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr,
+    sums_ptr, n_squares, eps, M, N, K, tiles,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     SQUARES: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
@@ -180,16 +180,19 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         pdl_launch_next()
         pdl_wait()
-    if SQUARES > 0:
-        PARTIAL: gl.constexpr = gl.BlockedLayout([1, BLOCK_M], [32, 1], [WARPS, 1], [1, 0])
-        sq_p = gl.expand_dims(gl.arange(0, SQUARES, gl.SliceLayout(1, PARTIAL)), 1)
-        sq_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, PARTIAL)), 0)
-        squares = gl.load(squares_ptr + sq_p * M + sq_m, mask=(sq_p < n_squares) & (sq_m < M), other=0.0)
     if RESIDUAL:
         residual = gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
     xs = ()
     for i in gl.static_range(STAGES):
         xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
+    if SQUARES > 0:
+        PARTIAL: gl.constexpr = gl.BlockedLayout([1, BLOCK_M], [32, 1], [WARPS, 1], [1, 0])
+        sq_p = gl.expand_dims(gl.arange(0, SQUARES, gl.SliceLayout(1, PARTIAL)), 1)
+        sq_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, PARTIAL)), 0)
+        squares = gl.load(squares_ptr + sq_p * M + sq_m, mask=(sq_p < n_squares) & (sq_m < M), other=0.0)
+        # summed at once, while the first words are on their way: two registers through the loop instead of sixteen
+        mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
+        inverse_rms = gl.rsqrt(mean + eps)
 
     acc = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
     phase = 0
@@ -231,8 +234,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
     y = gl.sum(acc, axis=0)
     if SQUARES > 0:
-        mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
-        y = y * gl.expand_dims(gl.rsqrt(mean + eps), 0)
+        y = y * gl.expand_dims(inverse_rms, 0)
     if HAS_BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0).to(gl.float32), 1)
     if RESIDUAL:
