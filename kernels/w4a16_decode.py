@@ -180,19 +180,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         pdl_launch_next()
         pdl_wait()
-    if RESIDUAL:
-        residual = gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
-    xs = ()
-    for i in gl.static_range(STAGES):
-        xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
     if SQUARES > 0:
         PARTIAL: gl.constexpr = gl.BlockedLayout([1, BLOCK_M], [32, 1], [WARPS, 1], [1, 0])
         sq_p = gl.expand_dims(gl.arange(0, SQUARES, gl.SliceLayout(1, PARTIAL)), 1)
         sq_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, PARTIAL)), 0)
         squares = gl.load(squares_ptr + sq_p * M + sq_m, mask=(sq_p < n_squares) & (sq_m < M), other=0.0)
-        # summed at once, while the first words are on their way: two registers through the loop instead of sixteen
-        mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
-        inverse_rms = gl.rsqrt(mean + eps)
+    if RESIDUAL:
+        residual = gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
+    xs = ()
+    for i in gl.static_range(STAGES):
+        xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
 
     acc = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
     phase = 0
@@ -234,7 +231,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
     y = gl.sum(acc, axis=0)
     if SQUARES > 0:
-        y = y * gl.expand_dims(inverse_rms, 0)
+        mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
+        y = y * gl.expand_dims(gl.rsqrt(mean + eps), 0)
     if HAS_BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0).to(gl.float32), 1)
     if RESIDUAL:
