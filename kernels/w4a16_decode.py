@@ -10,9 +10,9 @@ split K, tile by tile, so that small weights fill the machine without a second k
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
 Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, as far
-ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of x the
-right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel (programmatic
-dependent launch): weights do not depend on it.
+ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of
+x the right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel
+(programmatic dependent launch): weights do not depend on it.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K a multiple of 128 and N of 8.
 """
@@ -46,7 +46,7 @@ class DecodeConfig:
 
 @gluon.constexpr_function
 def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
-    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. 8 q + 7 of rows r, r + 8."""
+    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. 8 q + 7 of r, r + 8."""
     reg = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     row = 8
     while row < rows:

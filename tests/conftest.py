@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Before transformers, datasets and huggingface_hub are imported: they read these once. Processes that tests
-# start inherit them.
+# Before transformers, datasets, huggingface_hub and torch are imported: they read these once. Processes that tests
+# start inherit them. One thread: tensors are small here, and more would wait for each other and for a busy machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import ipaddress
 import socket
@@ -65,12 +66,6 @@ def no_network() -> Iterator[None]:
     patch.setattr(socket, "getaddrinfo", getaddrinfo)
     yield
     patch.undo()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """The tensors of these tests are small: more threads would wait for each other, and for a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
