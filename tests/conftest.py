@@ -24,13 +24,16 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take `gpu` tests out of the run, visibly (\"N deselected\"), where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_tests:
-        config.hook.pytest_deselected(items=gpu_tests)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Take `gpu` tests out of the run, visibly (\"N deselected\"), where there is no such CUDA device."""
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+
+    def runs(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("gpu")
+        return mark is None or (major is not None and major in (mark.args or (major,)))
+
+    if left_out := [item for item in items if not runs(item)]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item)]
 
 
 def _is_local(host: object) -> bool:
