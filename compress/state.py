@@ -19,6 +19,8 @@ from compress.errors import ConfigError, RunLocked
 
 log = logging.getLogger(__name__)
 
+_NOT_CODE = (".pyc", ".md")
+
 
 def fingerprint(value: Any) -> str:
     """sha256 of JSON values, the same for equal values in any order of keys."""
@@ -26,14 +28,16 @@ def fingerprint(value: Any) -> str:
 
 
 def code_sha256(*names: str) -> str:
-    """Hash of modules or folders of this package: results of other code are not this code's results."""
+    """Hash of modules or folders of this package, tables and tasks in them included: results of other code are not this
+    code's results."""
     package = Path(__file__).parent
     roots = [package, package.parent]  # kernels/ and eval/ lie inside an installed package, beside a checkout's
     digest = hashlib.sha256()
     for name in names:
         path = next((r / name for r in roots if (r / name).exists()), package / name)
-        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            if file.suffix not in _NOT_CODE:
+                digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -303,10 +303,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
     return args, options
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args, options = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_grad_enabled(False)
     bandwidth = copy_bandwidth(options)
     result: dict[str, Any] = {
         "metric": "milliseconds of a decode step",

@@ -30,6 +30,8 @@ import math
 import platform
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,25 +280,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def _imports_left_out_of_collection() -> Iterator[None]:
+    """A capture collects garbage first; what is imported by now is not worth looking through each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print tables; the record that becomes the JSON line."""
-    torch.set_grad_enabled(False)
     machine = describe_machine(args.device)
     print(json.dumps(machine))
     problems: dict[str, str] = {}
     built = build_peers(args.peers, problems)
-    gc.collect()
-    gc.freeze()  # a capture collects garbage first; what is imported by now is not worth looking through
     cells: list[dict[str, Any]] = []
-    for n, k in args.shapes:
-        p = (
-            Problem(n, k, args.device, k, bits=8)
-            if args.bits == "w8a8"
-            else Problem(n, k, args.device, bits=int(args.bits))
-        )
-        found = measure_shape(p, args, contenders_of(p, args, built, problems))
-        print(bench_report.text_table(n, k, args.ms, found, machine), flush=True)
-        cells += found
+    with _imports_left_out_of_collection():
+        for n, k in args.shapes:
+            group, bits = (k, 8) if args.bits == "w8a8" else (GROUP, int(args.bits))
+            p = Problem(n, k, args.device, group, bits=bits)
+            found = measure_shape(p, args, contenders_of(p, args, built, problems))
+            print(bench_report.text_table(n, k, args.ms, found, machine), flush=True)
+            cells += found
     return {
         "metric": "us_per_call",
         "bits": args.bits,

@@ -46,17 +46,17 @@ def quantized_bits(p: Problem) -> float:
     return p.bits + 16 / p.group
 
 
-def auto_path(m: int, n: int, k: int, dtype: torch.dtype, group_size: int) -> Backend:
-    """What QuantLinear with backend=auto takes for M rows on a GPU."""
+def auto_path(x: Tensor, n: int, group_size: int) -> Backend:
+    """What QuantLinear with backend=auto takes for x [M, K] on its GPU; in the interpreter, as on one before Hopper."""
     scheme = QuantScheme(bits=4, group_size=group_size)
-    return choose_backend("cuda", dtype, scheme, (n, k), m, capability(torch.device("cuda")))
+    return choose_backend("cuda", x.dtype, scheme, (n, x.shape[1]), x.shape[0], capability(x.device))
 
 
 def auto_linear(x: Tensor, weight: Any) -> Tensor:
     """y = x W^T as QuantLinear computes it from a symmetric KernelWeight: fused, or dequantized for cuBLAS."""
     from compress.kernels import dequant, w4a16
 
-    if auto_path(x.shape[0], weight.n, weight.k, x.dtype, weight.group_size) is Backend.TRITON:
+    if auto_path(x, weight.n, weight.group_size) is Backend.TRITON:
         return w4a16.matmul(x, weight)
     return F.linear(x, dequant.dense(weight, x.dtype))
 

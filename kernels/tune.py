@@ -349,11 +349,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
-    torch.set_grad_enabled(False)
     args.kernels = args.kernels or usable(torch.cuda.get_device_capability())
     began = time.time()
     tasks = [

@@ -7,8 +7,8 @@ tokens:
                                                                                            wgmma += [BLOCK_N, BLOCK_M]
     x [BLOCK_M, 2 x 64] --bulk copy--> shared (128-byte swizzle) ------------------------> right operand /
 
-A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's operand
-is dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
+A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's
+operand is dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
 
     MMA            | low t        | high t       | low t+1      | ...
     dequantize     | high t       | low t+1      | high t+1     |
@@ -63,8 +63,8 @@ class TiledConfig:
 
 @gluon.constexpr_function
 def _words_layout(rows, warps):  # type: ignore[no-untyped-def]
-    """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q of
-    warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
+    """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q
+    of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
     reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
     row = 16 * warps
     while row < rows:

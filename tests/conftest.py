@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Before transformers, datasets and huggingface_hub are imported: they read these once. Processes that tests
-# start inherit them.
+# Before transformers, datasets, huggingface_hub and torch are imported: they read these once. Processes that tests
+# start inherit them. One thread: tensors are small here, and more would wait for each other and for a busy machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import ipaddress
 import socket
@@ -23,13 +24,16 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take `gpu` tests out of the run, visibly (\"N deselected\"), where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_tests:
-        config.hook.pytest_deselected(items=gpu_tests)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Take `gpu` tests out of the run, visibly (\"N deselected\"), where there is no such CUDA device."""
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+
+    def runs(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("gpu")
+        return mark is None or (major is not None and major in (mark.args or (major,)))
+
+    if left_out := [item for item in items if not runs(item)]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item)]
 
 
 def _is_local(host: object) -> bool:
@@ -65,12 +69,6 @@ def no_network() -> Iterator[None]:
     patch.setattr(socket, "getaddrinfo", getaddrinfo)
     yield
     patch.undo()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """The tensors of these tests are small: more threads would wait for each other, and for a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,9 @@ ARGS = ["--device", "cpu", "--shape", "tiny", "--cache", "40", "--steps", "4", "
 
 
 @pytest.fixture(autouse=True)
-def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe takes a second; a round figure checks the formula better."""
     monkeypatch.setattr(decode, "copy_bandwidth", lambda options: 1e10)
-    before = torch.is_grad_enabled()
-    yield
-    torch.set_grad_enabled(before)  # the command turns it off for its process
 
 
 def test_a_run_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from tiny_runs import hashes, scheme, stages, tiny_config, verify_in_process
 
+from compress import state
 from compress.atomic import disk_errors, write_atomically
 from compress.config import BenchConfig, QuantConfig, Rounding, RunConfig, Transform
 from compress.errors import ConfigError, EnvironmentProblem, GateFailure, ModelFileError, RunLocked, VerifyError
 from compress.finish import finish_run
 from compress.pipeline import run_pipeline
 from compress.record import read_record
-from compress.state import RunState, locked
+from compress.state import RunState, code_sha256, locked
 
 
 @pytest.fixture
@@ -93,6 +94,25 @@ def test_whatever_decides_the_weights_decides_the_run_directory(config: RunConfi
     """Oracle: two recipes under one name differ in one setting of the weights, and must not share a directory."""
     other = replace(config, quant=replace(config.quant, awq=replace(config.quant.awq, n_grid=3)))
     assert run_pipeline(config)["run_dir"] != run_pipeline(other)["run_dir"]
+
+
+@pytest.mark.parametrize("changed", ["w4.py", "tables/H100.json", "tasks/pairs/_template_yaml"])
+def test_tables_and_tasks_count_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    """Oracle: a tree laid out as a checkout: the hash of its folder changes with each kind of file, and comes back with
+    the content; notes and bytecode leave it alone."""
+    monkeypatch.setattr(state, "__file__", str(tmp_path / "compress" / "state.py"))
+    folder = tmp_path / "kernels"
+    for name in ("w4.py", "tables/H100.json", "tasks/pairs/_template_yaml", "NOTES.md", "__pycache__/w4.pyc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1")
+    before = code_sha256("kernels")
+    for note in ("NOTES.md", "__pycache__/w4.pyc"):
+        (folder / note).write_text("2")
+    assert code_sha256("kernels") == before
+    (folder / changed).write_text("2")
+    assert code_sha256("kernels") != before
+    (folder / changed).write_text("1")
+    assert code_sha256("kernels") == before
 
 
 def _flip_bit(artifact: Path) -> None:
