@@ -7,11 +7,13 @@
 #   PYTHON=python3.12                the interpreter the environment is made from
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    an extra package index, here for torch without CUDA
 #   EXTRAS=dev,peers                 extras to install
+#   WORKERS=4                        processes that run the tests; 0: in pytest itself, which --pdb needs
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?= recipe=awq4
 PYTEST_ARGS ?= -q
+WORKERS ?= 2
 EXTRAS ?= dev
 TORCH_INDEX ?=
 
@@ -26,7 +28,7 @@ run: $(STAMP)
 	$(PY) -m compress $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The stamp is written last, so an interrupted install is taken up again. A working environment keeps its interpreter
 # (a venv made over another one mixes the two); `make clean` lets PYTHON choose anew.

@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take `gpu` tests out of the run, visibly (\"N deselected\"), where there is no such CUDA device."""
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+    """Take `gpu` tests out of the run where there is no such CUDA device."""
+    major = _capability_major()
 
     def runs(item: pytest.Item) -> bool:
         mark = item.get_closest_marker("gpu")
@@ -34,6 +34,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out := [item for item in items if not runs(item)]:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if runs(item)]
+
+
+def _capability_major() -> int | None:
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out: with pytest-xdist nothing else does."""
+    major = _capability_major()
+    what = (
+        "no CUDA device: tests marked gpu"
+        if major is None
+        else f"tests marked gpu(major) of another major than {major}"
+    )
+    terminalreporter.write_line(f"{what} did not run")
 
 
 def _is_local(host: object) -> bool:
