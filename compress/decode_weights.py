@@ -247,20 +247,21 @@ def fuse(linears: Sequence[nn.Module]) -> FusedLinear:
 def fuse_gate_up(gate: nn.Module, up: nn.Module) -> FusedLinear:
     """As `fuse`; packed weights that fit each other are interleaved, so that a kernel has both of a pair at hand."""
     kind = _kind(gate)
-    if kind[0] != "packed" or kind != _kind(up) or gate.out_features != up.out_features or up.out_features % 8:
+    if kind[0] != "packed" or kind != _kind(up):
+        return fuse([gate, up])
+    assert isinstance(gate, QuantLinear) and isinstance(up, QuantLinear)  # nothing else is packed
+    if gate.out_features != up.out_features or up.out_features % 8:
         return fuse([gate, up])
     from compress.kernels.w4a16 import KernelWeight
 
-    g, u = (m.kernel_weight() for m in (gate, up))  # type: ignore[operator]
+    g, u = gate.kernel_weight(), up.kernel_weight()
     zero = None if g.zero is None else interleave(g.zero, u.zero, 1)
     weight = KernelWeight(
         interleave(g.words, u.words, 1), interleave(g.scale, u.scale, 1), zero, 2 * g.n, g.k, g.group_size
     )
-    bias = None
-    if gate.bias is not None or up.bias is not None:
-        dtype = gate.dtype
-        biases = [torch.zeros(g.n, device=g.words.device) if m.bias is None else m.bias.detach() for m in (gate, up)]
-        bias = interleave(biases[0].to(dtype), biases[1].to(dtype), 0)
+    bias = _fuse_biases([gate, up], gate.dtype)
+    if bias is not None:
+        bias = interleave(bias[: g.n], bias[g.n :], 0)
     return FusedLinear((Packed(weight, bias),), interleaved=True)
 
 

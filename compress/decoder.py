@@ -88,11 +88,13 @@ class Decoder:
         from compress.kernels import w4a16_decode
 
         linears = [w for y in self.model.layers for w in (y.qkv, y.out, y.gate_up, y.down)]
-        packed = all(len(w.parts) == 1 and isinstance(w.parts[0], Packed) for w in linears)
-        if not packed or self.batch > w4a16_decode.RULE_MAX_TOKENS:
+        packed = [part.weight for w in linears for part in w.parts if isinstance(part, Packed)]
+        if len(packed) != sum(len(w.parts) for w in linears) or len(packed) != len(linears):
+            return False
+        if self.batch > w4a16_decode.RULE_MAX_TOKENS:
             return False
         interleaved = all(layer.gate_up.interleaved for layer in self.model.layers)
-        return interleaved and all(w4a16_decode.takes(w.parts[0].weight) for w in linears)  # type: ignore[union-attr]
+        return interleaved and all(w4a16_decode.takes(weight) for weight in packed)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
