@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UnsupportedModel
-from compress.kernels.decode_reference import HeadShape
+from compress.kernels.decode_reference import HeadShape, interleave
 from compress.qlinear import QuantLinear
 
 if TYPE_CHECKING:
@@ -64,9 +64,13 @@ Part = Dense | Packed | QuantLinear
 
 @dataclass(frozen=True)
 class FusedLinear:
-    """Rows of several linears that read one tensor, in their order; one part where all of them fit each other."""
+    """Rows of several linears that read one tensor, in their order; one part where all of them fit each other.
+
+    interleaved: the one part holds the rows of two linears in turns of 8 (`decode_reference.interleave`).
+    """
 
     parts: tuple[Part, ...]
+    interleaved: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -217,7 +221,7 @@ def _read_block(block: Any) -> Layer:
         qk_norms=(norms[0].weight.detach(), norms[1].weight.detach()) if all(norms) else None,  # type: ignore[union-attr]
         out=fuse([attention.o_proj]),
         norm_mid=block.post_attention_layernorm.weight.detach(),
-        gate_up=fuse([mlp.gate_proj, mlp.up_proj]),
+        gate_up=fuse_gate_up(mlp.gate_proj, mlp.up_proj),
         down=fuse([mlp.down_proj]),
     )
 
@@ -238,6 +242,26 @@ def fuse(linears: Sequence[nn.Module]) -> FusedLinear:
         else:
             parts.append(_fuse_packed(members))
     return FusedLinear(tuple(parts))
+
+
+def fuse_gate_up(gate: nn.Module, up: nn.Module) -> FusedLinear:
+    """As `fuse`; packed weights that fit each other are interleaved, so that a kernel has both of a pair at hand."""
+    kind = _kind(gate)
+    if kind[0] != "packed" or kind != _kind(up) or gate.out_features != up.out_features or up.out_features % 8:
+        return fuse([gate, up])
+    from compress.kernels.w4a16 import KernelWeight
+
+    g, u = (m.kernel_weight() for m in (gate, up))  # type: ignore[operator]
+    zero = None if g.zero is None else interleave(g.zero, u.zero, 1)
+    weight = KernelWeight(
+        interleave(g.words, u.words, 1), interleave(g.scale, u.scale, 1), zero, 2 * g.n, g.k, g.group_size
+    )
+    bias = None
+    if gate.bias is not None or up.bias is not None:
+        dtype = gate.dtype
+        biases = [torch.zeros(g.n, device=g.words.device) if m.bias is None else m.bias.detach() for m in (gate, up)]
+        bias = interleave(biases[0].to(dtype), biases[1].to(dtype), 0)
+    return FusedLinear((Packed(weight, bias),), interleaved=True)
 
 
 def _kind(module: Any) -> tuple[Any, ...]:

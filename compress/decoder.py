@@ -7,9 +7,11 @@
     ids = decoder.generate(logits.argmax(-1), 100)
 
 A step of a block is eight launches: norm (with the residual sum), q/k/v matmul, rotary embedding + cache + attention,
-output matmul, norm, gate/up matmul, SiLU, down matmul. Kernels: `compress.kernels.decode_ops`, `decode_attention`,
-`w4a16`, and cuBLAS for dense weights. Token ids and positions lie in tensors of the device, so the recorded graph is
-replayed at every position. Elsewhere than on CUDA the step runs on the kernels' PyTorch twins: right, not fast.
+output matmul, norm, gate/up matmul, SiLU, down matmul. On Hopper, with packed weights and up to 8 sequences, the
+matmuls take over norms, sums and SiLU, and five are left. Kernels: `compress.kernels.decode_ops`, `decode_attention`,
+`w4a16`, `w4a16_decode`, and cuBLAS for dense weights. Token ids and positions lie in tensors of the device, so the
+recorded graph is replayed at every position. Elsewhere than on CUDA the step runs on the kernels' PyTorch twins: right,
+not fast.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from compress.decode_weights import DecodeModel, Dense, FusedLinear, Layer, Packed, Part
 from compress.errors import ConfigError
 from compress.kernels import decode_reference
+from compress.kernels.decode_reference import Around
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -78,6 +81,18 @@ class Decoder:
         self.logits = torch.empty(batch, 0, dtype=model.dtype, device=device)
         self.ops: Any = _Kernels(self, attention_config, pdl) if use_kernels else decode_reference
         self.pdl = bool(getattr(self.ops, "pdl", False))
+        self.fused = use_kernels and self._can_fuse()
+
+    def _can_fuse(self) -> bool:
+        """Whether every product of the layers is one that does its neighbours' work: packed, few tokens, on Hopper."""
+        from compress.kernels import w4a16_decode
+
+        linears = [w for y in self.model.layers for w in (y.qkv, y.out, y.gate_up, y.down)]
+        packed = all(len(w.parts) == 1 and isinstance(w.parts[0], Packed) for w in linears)
+        if not packed or self.batch > w4a16_decode.RULE_MAX_TOKENS:
+            return False
+        interleaved = all(layer.gate_up.interleaved for layer in self.model.layers)
+        return interleaved and all(w4a16_decode.takes(w.parts[0].weight) for w in linears)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -102,20 +117,43 @@ class Decoder:
 
     def _forward(self) -> Tensor:
         """One step from `tokens` at `positions`, which it advances."""
-        model, ops = self.model, self.ops
+        model = self.model
         # no PDL: the launch before may be a copy
-        x, stream = ops.rms_norm(model.embedding, model.layers[0].norm_in, model.eps, ids=self.tokens)
+        x, stream = self.ops.rms_norm(model.embedding, model.layers[0].norm_in, model.eps, ids=self.tokens)
+        x = self._fused_layers(x, stream) if self.fused else self._layers(x, stream)
+        logits = self._project(model.head, x)
+        self.positions.add_(1)
+        return logits
+
+    def _layers(self, x: Tensor, stream: Tensor) -> Tensor:
+        """Eight launches a layer. x: normed [B, hidden]; stream: the residual. Returns the last norm's output."""
+        model, ops = self.model, self.ops
         norms = [layer.norm_in for layer in model.layers[1:]] + [model.norm]
         for i, (layer, norm) in enumerate(zip(model.layers, norms, strict=True)):
             attended = self._attention(i, layer, self._project(layer.qkv, x))
             x, stream = ops.rms_norm(
                 self._project(layer.out, attended), layer.norm_mid, model.eps, residual=stream, pdl=self.pdl
             )
-            hidden = ops.silu_mul(self._project(layer.gate_up, x), pdl=self.pdl)
+            hidden = ops.silu_mul(self._project(layer.gate_up, x), layer.gate_up.interleaved, pdl=self.pdl)
             x, stream = ops.rms_norm(self._project(layer.down, hidden), norm, model.eps, residual=stream, pdl=self.pdl)
-        logits = self._project(model.head, x)
-        self.positions.add_(1)
-        return logits
+        return x
+
+    def _fused_layers(self, x: Tensor, stream: Tensor) -> Tensor:
+        """Five launches a layer: products take over norms, residual sums and SiLU (`decode_reference.Around`)."""
+        model, eps = self.model, self.model.eps
+        norms = [layer.norm_in for layer in model.layers[1:]] + [model.norm]
+        squares = None
+        for i, (layer, norm) in enumerate(zip(model.layers, norms, strict=True)):
+            attended = self._attention(i, layer, self._around(layer.qkv, x, Around(squares, eps)))
+            middle = self._around(layer.out, attended, Around(residual=stream, norm=layer.norm_mid))
+            hidden = self._around(layer.gate_up, middle.normed, Around(middle.squares, eps, silu=True))
+            stream, x, squares = self._around(layer.down, hidden, Around(residual=middle.h, norm=norm))
+        # the head is dense and knows nothing of squares
+        return self.ops.rms_norm(stream, model.norm, eps, pdl=self.pdl)[0]
+
+    def _around(self, linear: FusedLinear, x: Tensor, around: Around) -> Any:
+        (part,) = linear.parts
+        return self.ops.linear_around(x, part.weight, part.bias, around, pdl=self.pdl)
 
     def _attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         cache = (self.keys[i], self.values[i])
@@ -214,7 +252,7 @@ class _Kernels:
     """The Triton kernels with what they need besides a step's operands, under the names of their twins."""
 
     def __init__(self, decoder: Decoder, config: Any, pdl: bool | None) -> None:
-        from compress.kernels import decode_attention, decode_ops
+        from compress.kernels import decode_attention, decode_ops, w4a16_decode
         from compress.kernels import pdl as pdl_launch
 
         device, heads = decoder.positions.device, decoder.model.heads
@@ -225,4 +263,5 @@ class _Kernels:
         self.workspace = decode_attention.make_workspace(decoder.batch, heads, self.config.splits, device)
         self.pdl = pdl_launch.supported(device) if pdl is None else pdl
         self.rms_norm, self.silu_mul = decode_ops.rms_norm, decode_ops.silu_mul
+        self.linear_around = w4a16_decode.linear_around
         self.attention = partial(decode_attention.attention, config=self.config, workspace=self.workspace, pdl=self.pdl)

@@ -211,7 +211,7 @@ def choose_attention(batch: int, n_kv_heads: int, head_dim: int, capacity: int, 
     """Blocks of 64 tokens, and about two programs a multiprocessor as long as each has a block; pure."""
     block_t = 64 if head_dim <= 128 else 32
     splits = 2 * n_sms // (batch * n_kv_heads)
-    return AttentionConfig(block_t, max(1, min(splits, -(-capacity // block_t))))
+    return AttentionConfig(block_t, max(1, min(splits, -(-capacity // block_t))), num_warps=2)
 
 
 def make_workspace(batch: int, shape: HeadShape, splits: int, device: torch.device) -> AttentionWorkspace:

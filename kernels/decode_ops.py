@@ -52,7 +52,9 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr, out_ptr, F, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """out [M, F] = silu(gate) * up. Twin: `decode_reference.silu_mul`."""
     if PDL:
         gdc_launch_dependents()
@@ -60,8 +62,12 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, PDL: tl.const
     row = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < F
-    gate = tl.load(gate_up_ptr + row * 2 * F + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * F + F + cols, mask=mask, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        at, step = cols // 8 * 16 + cols % 8, 8
+    else:
+        at, step = cols, F
+    gate = tl.load(gate_up_ptr + row * 2 * F + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + step + at, mask=mask, other=0.0).to(tl.float32)
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + row * F + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -90,7 +96,7 @@ def rms_norm(
     return out, h
 
 
-def silu_mul(gate_up: Tensor, pdl: bool = False) -> Tensor:
+def silu_mul(gate_up: Tensor, interleaved: bool = False, pdl: bool = False) -> Tensor:
     """silu(gate) * up, gate_up [M, 2 F] -> [M, F]. Twin: `decode_reference.silu_mul`. Raises as `rms_norm`."""
     check_operands(gate_up, {})
     m, f = gate_up.shape[0], gate_up.shape[1] // 2
@@ -98,7 +104,13 @@ def silu_mul(gate_up: Tensor, pdl: bool = False) -> Tensor:
         raise ConfigError(f"gate_up is {tuple(gate_up.shape)}; it holds gate and up, so its columns must be even")
     out = torch.empty(m, f, dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul_kernel[(triton.cdiv(f, _SILU_BLOCK), m)](
-        gate_up, out, f, BLOCK=_SILU_BLOCK, num_warps=2, **pdl_launch.options(pdl, gate_up.device)
+        gate_up,
+        out,
+        f,
+        INTERLEAVED=interleaved,
+        BLOCK=_SILU_BLOCK,
+        num_warps=2,
+        **pdl_launch.options(pdl, gate_up.device),
     )
     return out
 

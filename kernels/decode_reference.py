@@ -7,10 +7,14 @@ them wherever the Triton kernels do not run: on a CPU, in any dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from compress.kernels.w4a16 import KernelWeight
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,64 @@ def rms_norm(
     return _norm(h, weight, eps).to(x.dtype), h
 
 
-def silu_mul(gate_up: Tensor, pdl: bool = False) -> Tensor:
-    """silu(gate) * up for gate_up [M, 2 F], gate in the first F columns -> [M, F]."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+def silu_mul(gate_up: Tensor, interleaved: bool = False, pdl: bool = False) -> Tensor:
+    """silu(gate) * up for gate_up [M, 2 F] -> [M, F]: gate in the first F columns, or in turns of 8 (`interleave`)."""
+    if interleaved:
+        gate, up = _wide(gate_up).reshape(gate_up.shape[0], -1, 2, 8).transpose(1, 2).flatten(2).unbind(1)
+    else:
+        gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+class Around(NamedTuple):
+    """What a product of a decode step does for its neighbours.
+
+    squares: float32 [P, M], parts of the sums of squares of the rows that x was before a norm's weight multiplied it;
+    y is divided by the root of their mean (eps added), which completes RMSNorm. residual: [M, N], added to y, and
+    norm: [N], the weight of the RMSNorm that follows; they come together. silu: rows of W are gate and up in turns of
+    8.
+    """
+
+    squares: Tensor | None = None
+    eps: float = 0.0
+    residual: Tensor | None = None
+    norm: Tensor | None = None
+    silu: bool = False
+
+
+class Stream(NamedTuple):
+    """A residual stream: h [M, N], h * norm [M, N], and parts of the sums of squares of h, float32 [P, M]."""
+
+    h: Tensor
+    normed: Tensor
+    squares: Tensor
+
+
+def interleave(gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    """Two tensors of F slices along `dim`, F a multiple of 8, in turns of 8: 2 F slices, as `Around.silu` wants."""
+    shape = list(gate.shape)
+    split = [*shape[:dim], shape[dim] // 8, 8, *shape[dim + 1 :]]
+    both = torch.stack([gate.reshape(split), up.reshape(split)], dim=dim + 1)
+    return both.reshape([*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]])
+
+
+def linear_around(
+    x: Tensor, weight: KernelWeight, bias: Tensor | None, around: Around, pdl: bool = False
+) -> Tensor | Stream:
+    """x [M, K] W^T + bias and what is around it: a Stream with `residual`, [M, N / 2] with `silu`, else [M, N]."""
+    from compress.kernels.dequant import dense
+
+    y = _wide(x) @ dense(weight, torch.float32).to(_wide(x).dtype).t()
+    if around.squares is not None:
+        y *= torch.rsqrt(around.squares.sum(0).to(y.dtype) / weight.k + around.eps)[:, None]
+    if bias is not None:
+        y += bias
+    y = y.to(x.dtype)
+    if around.residual is None:
+        return silu_mul(y, interleaved=True) if around.silu else y
+    assert around.norm is not None
+    h = (_wide(y) + _wide(around.residual)).to(x.dtype)
+    return Stream(h, (_wide(h) * _wide(around.norm)).to(x.dtype), _wide(h).square().sum(-1).float()[None])
 
 
 def attention(

@@ -163,7 +163,7 @@ class Humming:
         """Its tuning format, [[above M, up to M, configuration], ...]: one call compiles all kernels together."""
         edges = [0, *sorted(ms)[:-1], 1 << 30]
         chosen = [self.heuristics(config, shape_m=m) for m in sorted(ms)]
-        ranges = [[low, high, one] for low, high, one in zip(edges, edges[1:], chosen, strict=True)]
+        ranges = [[low, high, one] for low, high, one in zip(edges[:-1], edges[1:], chosen, strict=True)]
         return json.dumps(ranges, default=lambda value: value.item() if hasattr(value, "item") else str(value))
 
 

@@ -16,7 +16,7 @@ of 32 has one scale a slice; from 128 on, one a tile, applied to the float32 acc
 small integers in the tensor cores, and there is no rounding of scale * code. K beyond the last tile is padded with zero
 codes and x is masked there.
 
-On Hopper two kernels with this layout take over, by shape (`_configuration`): `w4a16_decode` for a few tokens and
+On Hopper two kernels with this layout take over, by shape (`configuration`): `w4a16_decode` for a few tokens and
 `w4a16_tiled` above. The kernel here runs everywhere else, and in the interpreter.
 
 Work split. W is the *left* operand, so a dequantized tile goes from registers straight into the MMA, and M is the MMA's
@@ -216,7 +216,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
     if x.shape[0] == 0 or weight.n == 0:
         return torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     if config is None:
-        config = _configuration(x, weight)
+        config = configuration(x, weight)
     if isinstance(config, Config):
         return _launch(x, weight, bias, config)
     from compress.kernels import w4a16_decode, w4a16_tiled
@@ -225,7 +225,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
     return kernel.launch(x, weight, bias, config)
 
 
-def _configuration(x: Tensor, weight: KernelWeight) -> Any:
+def configuration(x: Tensor, weight: KernelWeight) -> Any:
     """The measured choice for this GPU and shape, or the rule of the kernel that takes it."""
     m, n, k = x.shape[0], weight.n, weight.k
     portable = choose_config(m, n, k, common.n_sms(x.device))

@@ -14,7 +14,16 @@ ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_
 x the right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel
 (programmatic dependent launch): weights do not depend on it.
 
-Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K a multiple of 128 and N of 8.
+A whole decode step (`compress.decoder`) is a chain of such products with little between them, and a launch costs as
+much as what lies between. `decode_reference.Around` therefore lets a product do its neighbours' work:
+
+    residual    h = y + residual leaves as the new residual stream, h * norm as the input of the next product, and the
+                sums of squares of h, one a program, from which that product takes the mean
+    squares     x is such an h * norm: y is divided by the root of the mean square, which is all that RMSNorm has left
+    silu        rows 0 .. 7 of every 16 are gate, 8 .. 15 up (`interleave`): silu(gate) * up leaves
+
+Twin: `compress.kernels.reference.w4a16_linear`, and `decode_reference.linear_around` with what is around it. Needs
+compute capability 9.0, K a multiple of 128 and N of 8 (16 for silu).
 """
 
 from __future__ import annotations
@@ -22,14 +31,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from compress.kernels.choose import capability, hopper_takes
+from compress.kernels.decode_reference import Around, Stream
 from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
-from compress.kernels.w4a16 import KernelWeight
+from compress.kernels.w4a16 import KernelWeight, configuration
 
 RULE_MAX_TOKENS = 8
 
@@ -46,7 +58,7 @@ class DecodeConfig:
 
 @gluon.constexpr_function
 def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
-    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. 8 q + 7 of r, r + 8."""
+    """[warps, rows / 2, 64] int16, two rows of W side by side: lane 4 r + q has words 8 q .. + 7 of rows r, r + 8."""
     reg = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     row = 8
     while row < rows:
@@ -101,10 +113,12 @@ def _load_scale(scale_ptr, s_tile, s_n, t, s: gl.constexpr, N, K, tiles, GROUP: 
     return gl.load(at, mask=(t + s_tile < tiles) & (s_n < N), other=0, eviction_policy="evict_last")
 
 
-@gluon.jit(do_not_specialize=["M", "tiles"])
+@gluon.jit(do_not_specialize=["M", "tiles", "n_squares", "eps"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, tiles,
+    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr,
+    sums_ptr, n_squares, eps, M, N, K, tiles,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
+    SQUARES: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
@@ -156,9 +170,23 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     x_k = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_k, 0), 1), 2)
     x_at = x_ptr + gl.minimum(x_m, M - 1) * K + (x_slice * 32 + x_k)
 
+    OUT: gl.constexpr = gl.SliceLayout(0, MMA)
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
+    rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)), 0)
+    at = rm * N + gl.expand_dims(rn, 1)
+    mask = (rm < M) & gl.expand_dims(rn < N, 1)
+    if RESIDUAL:
+        norm = gl.load(norm_ptr + rn, mask=rn < N, other=0).to(gl.float32)
     if PDL:
         pdl_launch_next()
         pdl_wait()
+    if SQUARES > 0:
+        PARTIAL: gl.constexpr = gl.BlockedLayout([1, BLOCK_M], [32, 1], [WARPS, 1], [1, 0])
+        sq_p = gl.expand_dims(gl.arange(0, SQUARES, gl.SliceLayout(1, PARTIAL)), 1)
+        sq_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, PARTIAL)), 0)
+        squares = gl.load(squares_ptr + sq_p * M + sq_m, mask=(sq_p < n_squares) & (sq_m < M), other=0.0)
+    if RESIDUAL:
+        residual = gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
     xs = ()
     for i in gl.static_range(STAGES):
         xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
@@ -202,13 +230,31 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         phase = phase ^ 1
 
     y = gl.sum(acc, axis=0)
-    OUT: gl.constexpr = gl.SliceLayout(0, MMA)
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
-    rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)), 0)
+    if SQUARES > 0:
+        mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
+        y = y * gl.expand_dims(gl.rsqrt(mean + eps), 0)
     if HAS_BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0).to(gl.float32), 1)
-    rn = gl.expand_dims(rn, 1)
-    gl.store(out_ptr + rm * N + rn, y.to(out_ptr.dtype.element_ty), mask=(rm < M) & (rn < N))
+    if RESIDUAL:
+        h = (y.to(dtype).to(gl.float32) + residual).to(dtype)
+        gl.store(out_ptr + at, h, mask=mask)
+        h = gl.where(mask, h.to(gl.float32), 0.0)
+        gl.store(normed_ptr + at, (h * gl.expand_dims(norm, 1)).to(dtype), mask=mask)
+        sums = gl.sum(h * h, axis=0)
+        sum_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+        gl.store(sums_ptr + gl.program_id(0) * M + sum_m, sums, mask=sum_m < M)
+    elif SILU:
+        ROWS: gl.constexpr = BLOCK_N // 2
+        HALF: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [0, 1])
+        pairs = y.to(dtype).to(gl.float32).reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute(0, 2, 3, 1)
+        gate, up = gl.split(pairs)
+        active = (gate / (1.0 + gl.exp(-gate)) * up).to(dtype).reshape([ROWS, BLOCK_M])
+        half_n = gl.expand_dims(n0 // 2 + gl.arange(0, ROWS, gl.SliceLayout(1, HALF)), 1)
+        half_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, HALF)), 0)
+        half_mask = (half_m < M) & (half_n < N // 2)
+        gl.store(out_ptr + half_m * (N // 2) + half_n, gl.convert_layout(active, HALF), mask=half_mask)
+    else:
+        gl.store(out_ptr + at, y.to(dtype), mask=mask)
 
 
 def choose_config(m: int, n: int, k: int) -> DecodeConfig:
@@ -223,17 +269,55 @@ def choose_config(m: int, n: int, k: int) -> DecodeConfig:
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype, 1 <= M <= config.block_m. Arguments are checked by the caller."""
+    y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
+    _run(x, weight, bias, config, pdl, Around(), y, None, None)
+    return y
+
+
+def linear_around(
+    x: Tensor, weight: KernelWeight, bias: Tensor | None, around: Around, pdl: bool = False
+) -> Tensor | Stream:
+    """The product and what is around it: a Stream with `residual`, [M, N / 2] with `silu`, [M, N] otherwise.
+
+    Twin: `decode_reference.linear_around`. x: [M, K], M up to RULE_MAX_TOKENS; `takes` says which weights.
+    """
+    m, n = x.shape[0], weight.n
+    config = configuration(x, weight)
+    if not isinstance(config, DecodeConfig):  # a table may prefer another kernel for the bare product
+        config = choose_config(m, n, weight.k)
+    y = torch.empty(m, n // 2 if around.silu else n, dtype=x.dtype, device=x.device)
+    if around.residual is None:
+        _run(x, weight, bias, config, pdl, around, y, None, None)
+        return y
+    normed = torch.empty_like(y)
+    sums = torch.empty(-(-n // config.block_n), m, dtype=torch.float32, device=x.device)
+    _run(x, weight, bias, config, pdl, around, y, normed, sums)
+    return Stream(y, normed, sums)
+
+
+def takes(weight: KernelWeight) -> bool:
+    """Whether `linear_around` takes a weight on this machine."""
+    if not weight.words.is_cuda or capability(weight.words.device)[0] != 9:
+        return False
+    return weight.k % 128 == 0 and weight.n % 16 == 0 and hopper_takes(weight.n, weight.k, weight.group_size)
+
+
+def _run(
+    x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool, around: Around,
+    out: Tensor, normed: Tensor | None, sums: Tensor | None,
+) -> None:  # fmt: skip
     m, k, n = x.shape[0], weight.k, weight.n
     tiles = weight.words.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     words_desc = TensorDescriptor(
         weight.words, [tiles, n // 2, 64], [32 * n, 64, 1], [config.warps, config.block_n // 2, 64],
         gl.NVMMASharedLayout(128, 16, 3),
     )  # fmt: skip
+    n_squares = 0 if around.squares is None else around.squares.shape[0]
     _decode_kernel[(-(-n // config.block_n),)](
-        x, words_desc, weight.scale, weight.zero, bias, y, m, n, k, tiles,
+        x, words_desc, weight.scale, weight.zero, bias, out, around.squares, around.residual, around.norm, normed, sums,
+        n_squares, around.eps, m, n, k, tiles,
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
-        EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-        PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+        EVEN_N=n % config.block_n == 0, SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
+        RESIDUAL=around.residual is not None, SILU=around.silu, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        STAGES=config.stages, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
-    return y

@@ -270,7 +270,7 @@ def _dense_fake(
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """`launch` as the PyTorch operator `compress::wna16`, which torch.compile and CUDA graphs take as it is."""
-    common.check_activations(f"W{weight.bits}A16", x, weight.k)
+    common.check_activations("WnA16", x, weight.k)
     w = weight
     return torch.ops.compress.wna16(x, w.words, w.scale, w.zero, bias, w.bits, w.group_size)
 

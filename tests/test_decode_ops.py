@@ -74,6 +74,9 @@ def test_silu_mul_equals_its_twin(m: int, f: int, dtype: torch.dtype) -> None:
     """Oracle: `decode_reference.silu_mul` in float64, on values up to +-90 where exp would overflow float16."""
     gate_up = random(m, 2 * f, dtype=dtype) * 20
     assert relative_error(decode_ops.silu_mul(gate_up), twin.silu_mul(gate_up.double())) < BOUND[dtype]
+    if f % 8 == 0:
+        mixed = twin.interleave(*gate_up.chunk(2, dim=1), 1)
+        assert torch.equal(decode_ops.silu_mul(mixed, interleaved=True), decode_ops.silu_mul(gate_up))
 
 
 class Step:
@@ -212,7 +215,7 @@ def test_shapes_of_real_models_on_a_gpu(use_pdl: bool, dtype: torch.dtype) -> No
     normed, h = decode_ops.rms_norm(x, weight, 1e-5, residual, pdl=use_pdl)
     assert torch.equal(h, stream) and relative_error(normed, expected) < BOUND[dtype]
     gate_up = random(16, 2 * 14336, dtype=dtype)
-    assert relative_error(decode_ops.silu_mul(gate_up, use_pdl), twin.silu_mul(gate_up.double())) < BOUND[dtype]
+    assert relative_error(decode_ops.silu_mul(gate_up, pdl=use_pdl), twin.silu_mul(gate_up.double())) < BOUND[dtype]
 
 
 @pytest.mark.gpu
@@ -233,3 +236,38 @@ def test_attention_in_a_graph_follows_its_positions() -> None:
         expected, _ = step.expected()
         graph.replay()
         assert relative_error(out, expected) < BOUND[torch.float16], lengths
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_products_with_what_is_around_them_on_a_gpu(dtype: torch.dtype) -> None:
+    """Oracle: `decode_reference.linear_around` in float64; each kind, with bias, zeros, and M up to 8."""
+    from compress.kernels import w4a16, w4a16_decode
+
+    for n, k, zero in ((96, 256, True), (4096, 1536, False)):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
+        scale = (torch.rand(n, k // 128, device=DEVICE) * 0.01 + 0.005).to(dtype)
+        zeros = torch.randint(0, 16, (n, k // 128), dtype=torch.uint8, device=DEVICE) if zero else None
+        weight = w4a16.pack_kernel_layout(codes, scale, zeros)
+        if not w4a16_decode.takes(weight):
+            pytest.fail("the Hopper kernels do not take this weight on this GPU")
+        for m in (1, 3, 8):
+            x, bias, norm = random(m, k, dtype=dtype), random(n, dtype=dtype, seed=3), random(n, dtype=dtype, seed=4)
+            residual, squares = random(m, n, dtype=dtype, seed=5), random(37, m, dtype=torch.float32).square() * k / 37
+            for around in (
+                twin.Around(squares, 1e-5),
+                twin.Around(residual=residual, norm=norm),
+                twin.Around(squares, 1e-5, silu=True),
+            ):
+                wide = twin.Around(*(v.double() if isinstance(v, torch.Tensor) else v for v in around))
+                expected = twin.linear_around(x.double(), weight, bias.double(), wide)
+                for use_pdl in (False, True):
+                    found = w4a16_decode.linear_around(x, weight, bias, around, use_pdl)
+                    if isinstance(found, twin.Stream):
+                        assert isinstance(expected, twin.Stream)
+                        assert relative_error(found.squares.sum(0), expected.squares.sum(0)) < BOUND[dtype]
+                        assert relative_error(found.normed, expected.normed) < BOUND[dtype]
+                        found, expected_y = found.h, expected.h
+                    else:
+                        expected_y = expected
+                    assert relative_error(found, expected_y) < BOUND[dtype], (n, m, around)

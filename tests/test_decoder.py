@@ -146,6 +146,19 @@ def test_a_step_of_kernels() -> None:
     check_steps(model, Decoder(weights, 3, CAPACITY, use_kernels=True), 1e-2)
 
 
+def test_products_that_do_their_neighbours_work() -> None:
+    """Oracle: transformers around the same layers in float16, and the launches apart from each other, on the twins."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = fresh("qwen2").half().to(device)
+    quantize_linears(model, Backend.TRITON, torch.float16, {})
+    weights = read_model(model)
+    assert weights.layers[0].gate_up.interleaved
+    decoder = Decoder(weights, 3, CAPACITY, use_kernels=False)
+    check_steps(model, decoder, 1e-2)
+    decoder.fused = True
+    check_steps(model, decoder, 1e-2)
+
+
 def test_caches_of_transformers_are_taken_over() -> None:
     """Oracle: steps after a static cache, and after the first tokens of a longer dynamic one, equal the model's."""
     model, ids = build("qwen3"), token_ids(2, PROMPT + 3)
@@ -239,6 +252,26 @@ def test_captured_steps_equal_transformers(name: str, packed: bool, use_pdl: boo
     decoder.capture()
     for _ in range(2):  # a second prompt through the same graph
         check_steps(model, decoder, 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_pdl", [False, True], ids=["plain", "pdl"])
+def test_captured_fused_steps_equal_transformers(use_pdl: bool) -> None:
+    """Oracle: transformers on the GPU; widths that the Hopper kernels take, so products do their neighbours' work."""
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=512,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).half().cuda().eval()
+    quantize_linears(model, Backend.AUTO, torch.float16, {})
+    for batch in (1, 5, 8):
+        decoder = Decoder(read_model(model), batch, 64, pdl=use_pdl)
+        assert decoder.fused == (torch.cuda.get_device_capability()[0] == 9)
+        decoder.capture()
+        for _ in range(2):
+            check_steps(model, decoder, 1e-2)
 
 
 @pytest.mark.gpu

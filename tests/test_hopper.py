@@ -145,7 +145,7 @@ class Gpu:
             shape=(m, k), device=place, is_cuda=device == "cuda", dtype=torch.float16, data_ptr=lambda: x_at
         )
         words: Any = SimpleNamespace(data_ptr=lambda: words_at)
-        return w4a16._configuration(x, w4a16.KernelWeight(words, None, None, n, k, group))
+        return w4a16.configuration(x, w4a16.KernelWeight(words, None, None, n, k, group))
 
 
 @pytest.fixture
