@@ -244,14 +244,14 @@ def fuse(linears: Sequence[nn.Module]) -> FusedLinear:
     return FusedLinear(tuple(parts))
 
 
-def fuse_gate_up(gate: nn.Module, up: nn.Module) -> FusedLinear:
+def fuse_gate_up(gate: Any, up: Any) -> FusedLinear:
     """As `fuse`; packed weights that fit each other are interleaved, so that a kernel has both of a pair at hand."""
     kind = _kind(gate)
     if kind[0] != "packed" or kind != _kind(up) or gate.out_features != up.out_features or up.out_features % 8:
         return fuse([gate, up])
     from compress.kernels.w4a16 import KernelWeight
 
-    g, u = (m.kernel_weight() for m in (gate, up))  # type: ignore[operator]
+    g, u = (m.kernel_weight() for m in (gate, up))
     zero = None if g.zero is None else interleave(g.zero, u.zero, 1)
     weight = KernelWeight(
         interleave(g.words, u.words, 1), interleave(g.scale, u.scale, 1), zero, 2 * g.n, g.k, g.group_size

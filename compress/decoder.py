@@ -92,7 +92,7 @@ class Decoder:
         if not packed or self.batch > w4a16_decode.RULE_MAX_TOKENS:
             return False
         interleaved = all(layer.gate_up.interleaved for layer in self.model.layers)
-        return interleaved and all(w4a16_decode.takes(w.parts[0].weight) for w in linears)  # type: ignore[union-attr]
+        return interleaved and all(w4a16_decode.takes(w.parts[0].weight) for w in linears)  # type: ignore[union-attr, arg-type]
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
