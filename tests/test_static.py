@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -51,6 +52,18 @@ def test_types(wheel_shaped_tree: Path) -> None:
     found = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert [line.split(":")[:2] for line in found] == [["probe.py", "1"], ["probe.py", "2"]], done.stdout + done.stderr
     assert all("has no attribute" in line for line in found), done.stdout
+
+
+def test_readme_maps_every_module() -> None:
+    """Oracle: the folders themselves: README's tables name each module of the package, and none that is not there."""
+    tables = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Architecture\n")[1].split("\n## ")[0]
+    named = {
+        name for row in tables.splitlines() if row[:1] == "|" for name in re.findall(r"[\w/*]+\.py", row.split("|")[1])
+    }
+    paths = [p for folder in ("compress", "kernels", "eval") for p in (ROOT / folder).glob("[!_]*.py")]
+    patterns = [name.rpartition("/")[2] for name in named]
+    assert [p.name for p in paths if not any(p.match(pattern) for pattern in patterns)] == []
+    assert [pattern for pattern in patterns if not any(p.match(pattern) for p in paths)] == []
 
 
 def test_suite_cannot_reach_the_network() -> None:
