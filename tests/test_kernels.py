@@ -233,8 +233,8 @@ def test_compiled_matmul_over_model_shapes(monkeypatch, dtype, symmetric, group)
 @pytest.mark.gpu
 @pytest.mark.parametrize("portable", [False, True], ids=["chosen", "portable"])
 def test_offsets_beyond_int32(portable):
-    """Oracle: float64 twin on the last rows; N * K and M * N beyond 2^31 elements, in the kernel that this GPU takes and
-    in the one that runs everywhere."""
+    """Oracle: float64 twin on the last rows; N * K and M * N beyond 2^31 elements, in this GPU's kernel and in the
+    portable one."""
     n, k, m = 2**19 + 16, 4352, 3
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
     scale = torch.rand(n, 34, device="cuda").half() * 0.01 + 0.005
