@@ -14,7 +14,7 @@ each other (a part quantized to other bits) stay apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ class Packed:
 
 # a QuantLinear computes by itself what the W4A16 kernel cannot
 Part = Dense | Packed | QuantLinear
+Join = Callable[[list[Tensor], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -244,25 +245,19 @@ def fuse(linears: Sequence[nn.Module]) -> FusedLinear:
     return FusedLinear(tuple(parts))
 
 
-def fuse_gate_up(gate: nn.Module, up: nn.Module) -> FusedLinear:
+def fuse_gate_up(gate: Any, up: Any) -> FusedLinear:
     """As `fuse`; packed weights that fit each other are interleaved, so that a kernel has both of a pair at hand."""
     kind = _kind(gate)
     if kind[0] != "packed" or kind != _kind(up):
         return fuse([gate, up])
-    assert isinstance(gate, QuantLinear) and isinstance(up, QuantLinear)  # nothing else is packed
     if gate.out_features != up.out_features or up.out_features % 8:
         return fuse([gate, up])
-    from compress.kernels.w4a16 import KernelWeight
+    return FusedLinear((_fuse_packed([gate, up], _in_turns),), interleaved=True)
 
-    g, u = gate.kernel_weight(), up.kernel_weight()
-    zero = None if g.zero is None else interleave(g.zero, u.zero, 1)
-    weight = KernelWeight(
-        interleave(g.words, u.words, 1), interleave(g.scale, u.scale, 1), zero, 2 * g.n, g.k, g.group_size
-    )
-    bias = _fuse_biases([gate, up], gate.dtype)
-    if bias is not None:
-        bias = interleave(bias[: g.n], bias[g.n :], 0)
-    return FusedLinear((Packed(weight, bias),), interleaved=True)
+
+def _in_turns(tensors: list[Tensor], dim: int) -> Tensor:
+    gate, up = tensors
+    return interleave(gate, up, dim)
 
 
 def _kind(module: Any) -> tuple[Any, ...]:
@@ -303,19 +298,20 @@ def _are_neighbours(weights: list[Tensor]) -> bool:
     return ends[:-1] == [w.data_ptr() for w in weights[1:]]
 
 
-def _fuse_packed(linears: list[QuantLinear]) -> Packed:
+def _fuse_packed(linears: list[QuantLinear], join: Join = torch.cat) -> Packed:
+    """One weight with the rows of all; join(tensors, dim) says in which order."""
     from compress.kernels.w4a16 import KernelWeight
 
     weights: list[Any] = [linear.kernel_weight() for linear in linears]
     first = weights[0]
-    bias = _fuse_biases(linears, linears[0].dtype)
+    bias = _fuse_biases(linears, linears[0].dtype, join)
     if len(weights) == 1:
         return Packed(first, bias)
     return Packed(
         KernelWeight(
-            torch.cat([w.words for w in weights], dim=1),
-            torch.cat([w.scale for w in weights], dim=1),
-            None if first.zero is None else torch.cat([w.zero for w in weights], dim=1),
+            join([w.words for w in weights], 1),
+            join([w.scale for w in weights], 1),
+            None if first.zero is None else join([w.zero for w in weights], 1),
             sum(w.n for w in weights),
             first.k,
             first.group_size,
@@ -324,13 +320,13 @@ def _fuse_packed(linears: list[QuantLinear]) -> Packed:
     )
 
 
-def _fuse_biases(linears: Iterable[Any], dtype: torch.dtype) -> Tensor | None:
+def _fuse_biases(linears: Iterable[Any], dtype: torch.dtype, join: Join = torch.cat) -> Tensor | None:
     linears = list(linears)
     device = next((m.bias.device for m in linears if m.bias is not None), None)
     if device is None:
         return None
     biases = [torch.zeros(m.out_features, device=device) if m.bias is None else m.bias.detach() for m in linears]
-    return torch.cat([b.to(dtype) for b in biases])
+    return join([b.to(dtype) for b in biases], 0)
 
 
 def _nbytes(*tensors: Tensor | None) -> int:

@@ -88,8 +88,9 @@ class Decoder:
         from compress.kernels import w4a16_decode
 
         linears = [w for y in self.model.layers for w in (y.qkv, y.out, y.gate_up, y.down)]
-        packed = [part.weight for w in linears for part in w.parts if isinstance(part, Packed)]
-        if len(packed) != sum(len(w.parts) for w in linears) or len(packed) != len(linears):
+        parts = [part for w in linears for part in w.parts]
+        packed = [part.weight for part in parts if isinstance(part, Packed)]
+        if not len(linears) == len(parts) == len(packed):
             return False
         if self.batch > w4a16_decode.RULE_MAX_TOKENS:
             return False

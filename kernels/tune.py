@@ -117,14 +117,13 @@ def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
             yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
 
 
-DECODE = Tunable(
+DECODE = replace(
+    W4A16,
     name="w4a16_decode",
     config=w4a16_decode.DecodeConfig,
     grid=_decode_grid,
     expand=lambda m, n, k, config: [config],
     default=lambda m, n, k: w4a16_decode.choose_config(m, n, k) if m <= 16 else None,
-    pack=_w4a16_pack,
-    launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
     n_multiple=8,
     k_multiple=128,
     hopper=True,

@@ -228,14 +228,13 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
 def configuration(x: Tensor, weight: KernelWeight) -> Any:
     """The measured choice for this GPU and shape, or the rule of the kernel that takes it."""
     m, n, k = x.shape[0], weight.n, weight.k
-    portable = choose_config(m, n, k, common.n_sms(x.device))
     hopper = capability(x.device)[0] == 9
     aligned = not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)  # bulk copies take whole 16 bytes
     if not x.is_cuda or (hopper and not (aligned and hopper_takes(n, k, weight.group_size))):
-        return portable
+        return choose_config(m, n, k, common.n_sms(x.device))
     choice = dispatch.choose(x.device, x.dtype, 4, weight.group_size, weight.zero is None, n, k, m)
     if not hopper:
-        return dispatch.as_config(choice, "w4a16", Config) or portable
+        return dispatch.as_config(choice, "w4a16", Config) or choose_config(m, n, k, common.n_sms(x.device))
     from compress.kernels import w4a16_decode, w4a16_tiled
 
     decode = dispatch.as_config(choice, "w4a16_decode", w4a16_decode.DecodeConfig)

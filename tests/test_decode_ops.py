@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from poisoning import poison_empty
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -32,14 +33,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every float tensor a launcher allocates starts as NaN."""
-    real = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
 
 
 @DTYPES

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from poisoning import poison_empty
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
-from test_kernels import BOUND, poison_empty, problem  # noqa: E402
+from test_kernels import BOUND, problem  # noqa: E402
 
 from compress.kernels import common, tune, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
 from compress.kernels.choose import hopper_takes  # noqa: E402

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from poisoning import poison_empty
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -36,17 +37,6 @@ def problem(n, k, group, symmetric, m=5, dtype=torch.float16, device=DEVICE, see
     x = torch.randn(m, k, generator=gen).to(dtype)
     bias = torch.randn(n, generator=gen).to(dtype)
     return tuple(t.to(device) for t in (x, codes, scale, zero, bias))
-
-
-def poison_empty(monkeypatch):
-    """Every float tensor the launcher allocates starts as NaN."""
-    real = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def error_of(monkeypatch, m, n, k, group, symmetric, dtype, use_bias=True, config=None):

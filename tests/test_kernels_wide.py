@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from poisoning import poison_empty
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -46,17 +47,6 @@ def problem(bits, m, n, k, group, symmetric, dtype=torch.float16, seed=0):
     x = torch.randn(m, k, generator=gen).to(dtype)
     bias = torch.randn(n, generator=gen).to(dtype)
     return tuple(t.to(DEVICE) for t in (x, codes, scale, zero, bias))
-
-
-def poison_empty(monkeypatch):
-    """Every tensor the launchers allocate starts as NaN, or as 77 where it holds integers."""
-    real = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def wna16_error(monkeypatch, bits, m, n, k, group, symmetric, dtype, config=None):
