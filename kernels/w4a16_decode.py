@@ -70,14 +70,15 @@ def _words_layout(warps, rows):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def _x_layout(warps, tokens):  # type: ignore[no-untyped-def]
-    """[warps, 4, tokens, 32]: lane 4 r + q holds inputs 8 q .. 8 q + 7 of the four slices, tokens r and r + 8."""
-    reg = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 1, 0, 0], [0, 2, 0, 0]]
+    """[warps, 4, tokens, 16] pairs of inputs: lane 4 r + q holds inputs 8 q .. 8 q + 7 of the four slices, tokens r and
+    r + 8."""
+    reg = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0], [0, 2, 0, 0]]
     row = 8
     while row < tokens:
         reg.append([0, 0, row, 0])
         row *= 2
-    lane = [[0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    return gl.DistributedLinearLayout(reg, lane, _warp_bases(warps, 4), [], [warps, 4, tokens, 32])
+    lane = [[0, 0, 0, 4], [0, 0, 0, 8], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    return gl.DistributedLinearLayout(reg, lane, _warp_bases(warps, 4), [], [warps, 4, tokens, 16])
 
 
 @gluon.constexpr_function
@@ -91,8 +92,18 @@ def _warp_bases(warps, rank):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _split_slices(x, WARPS: gl.constexpr, BLOCK_M: gl.constexpr):  # type: ignore[no-untyped-def]
-    """[WARPS, 4, BLOCK_M, 32] -> four of [WARPS, BLOCK_M, 32]; only renames registers."""
+def _split_slices(x, WARPS: gl.constexpr, BLOCK_M: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Pairs int32 [WARPS, 4, BLOCK_M, 16] -> four of [WARPS, BLOCK_M, 32] in DTYPE; only renames registers."""
+    unpack: gl.constexpr = "mov.b32 {$0, $1}, $2;"
+    if gl.float16 == DTYPE:
+        even, odd = gl.inline_asm_elementwise(
+            unpack, "=h,=h,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+        )
+    else:
+        even, odd = gl.inline_asm_elementwise(
+            unpack, "=h,=h,r", [x], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+        )
+    x = gl.join(even, odd).reshape([WARPS, 4, BLOCK_M, 32])
     pairs = x.reshape([WARPS, 2, 2, BLOCK_M, 32]).permute(0, 2, 3, 4, 1)
     low, high = gl.split(pairs)  # slices 0, 1 and 2, 3
     x0, x1 = gl.split(low.permute(0, 2, 3, 1))
@@ -102,8 +113,8 @@ def _split_slices(x, WARPS: gl.constexpr, BLOCK_M: gl.constexpr):  # type: ignor
 
 @gluon.jit
 def _load_x(x_at, x_tile, t, tiles):  # type: ignore[no-untyped-def]
-    """x of tiles t + warp, clamped to the last one: beyond it scales are zero."""
-    return gl.load(x_at + gl.minimum(x_tile + t, tiles - 1) * 128, eviction_policy="evict_last")
+    """x of tiles t + warp in pairs, clamped to the last tile: beyond it scales are zero."""
+    return gl.load(x_at + gl.minimum(x_tile + t, tiles - 1) * 64, eviction_policy="evict_last")
 
 
 @gluon.jit
@@ -166,9 +177,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     x_slice = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_slice, 0), 2), 3)
     x_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, X3)))
     x_m = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_m, 0), 1), 3)
-    x_k = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
+    x_k = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))
     x_k = gl.expand_dims(gl.expand_dims(gl.expand_dims(x_k, 0), 1), 2)
-    x_at = x_ptr + gl.minimum(x_m, M - 1) * K + (x_slice * 32 + x_k)
+    # in pairs, because a loop carries elements of 16 bits in a register each
+    x_pairs = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    x_at = x_pairs + gl.minimum(x_m, M - 1) * (K // 2) + (x_slice * 16 + x_k)
 
     OUT: gl.constexpr = gl.SliceLayout(0, MMA)
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
@@ -210,7 +223,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             mbarrier.wait(ready.index(i), phase, pred=step + i < steps)
             words = words_smem.index(i).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32]).reshape([WARPS, BLOCK_N, 32])
             words = gl.convert_layout(words, A, assert_trivial=True)
-            x = _split_slices(xs[i], WARPS, BLOCK_M)
+            x = _split_slices(xs[i], WARPS, BLOCK_M, dtype)
             for s in gl.static_range(PARTS):
                 part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
                 for p in gl.static_range(s * SLICES, s * SLICES + SLICES):
