@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: programmatic dependent launch and the dequantization of a slice of words.
+"""What the Hopper kernels share: programmatic dependent launch, clusters, and the dequantization of a slice of words.
 
 Gluon is Triton's lower level: layouts, shared memory and asynchronous copies are spelled out. It has no interpreter, so
 these kernels are tested on a GPU, and the plain Triton kernel of `w4a16` computes everywhere else.
@@ -22,6 +22,32 @@ def pdl_launch_next():  # type: ignore[no-untyped-def]
 def pdl_wait():  # type: ignore[no-untyped-def]
     """Wait until the kernel before this one is complete and its writes are visible."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def cluster_bases(split, rank):  # type: ignore[no-untyped-def]
+    """Bases of a layout over a cluster whose programs each hold a tensor of their own: the program's number moves
+    nothing. Triton calls the cluster one program with `num_ctas`; what differs between its members is theirs to say."""
+    bases = []
+    while split > 1:
+        bases.append([0] * rank)
+        split //= 2
+    return bases
+
+
+@gluon.jit
+def cluster_rank():  # type: ignore[no-untyped-def]
+    """Number of this program within its cluster, int32."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def cluster_barrier():  # type: ignore[no-untyped-def]
+    """Wait for all programs of the cluster; what they wrote before it is visible after."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // $0",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

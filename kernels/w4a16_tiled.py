@@ -17,8 +17,16 @@ Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, it
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
 registers. y leaves through shared memory as whole lines.
 
-Tiles that fill whole waves of the machine are computed by one program each. With SPLIT > 1 the rest, all of them where
-there are few, share out K: float32 partial sums, which a second kernel adds in order: the same bits every run.
+Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them where
+there are few, are computed by a cluster of programs each, which share out K and run side by side on neighbouring
+multiprocessors. A program leaves its float32 sums in a workspace, and after the barrier of the cluster adds up its
+share of the tile's tokens, in order: the same bits every run, no counter, no second kernel to wait for.
+
+    cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |       each a [BLOCK_N, BLOCK_M] sum
+                         ------------- barrier of the cluster -------------
+                 tokens: | program 0 | program 1 | program 2 | program 3 |       each adds 4 sums of a quarter
+
+Where whole waves come first, the clusters are a launch of their own that fills the machine as those drain.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.
 """
@@ -28,9 +36,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 import triton.experimental.gluon.language as gl
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -41,10 +47,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.common import n_sms, shared_bytes, tile_of_program
-from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
+from compress.kernels.common import n_sms, shared_bytes
+from compress.kernels.gluon_parts import (
+    cluster_barrier,
+    cluster_bases,
+    cluster_rank,
+    load_row,
+    pdl_launch_next,
+    pdl_wait,
+    scale_group,
+    slice_weights,
+)
 from compress.kernels.w4a16 import KernelWeight
 
 GROUP_N = 8
@@ -52,7 +66,8 @@ GROUP_N = 8
 
 @dataclass(frozen=True)
 class TiledConfig:
-    """Tile sizes of one launch. split_k programs share the K of each tile that does not fill a wave of the machine."""
+    """Tile sizes of one launch. split_k programs, a cluster, share the K of each tile that does not fill a wave of the
+    machine: 1, 2, 4 or 8."""
 
     block_m: int
     block_n: int
@@ -62,7 +77,24 @@ class TiledConfig:
 
 
 @gluon.constexpr_function
-def _words_layout(rows, warps):  # type: ignore[no-untyped-def]
+def _mma_layout(tokens, warps, split):  # type: ignore[no-untyped-def]
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(split, 2))
+
+
+@gluon.constexpr_function
+def _barrier_layout(split):  # type: ignore[no-untyped-def]
+    return mbarrier.MBarrierLayout(cga_layout=cluster_bases(split, 1))
+
+
+@gluon.constexpr_function
+def _sum_layout(columns, warps, split):  # type: ignore[no-untyped-def]
+    """[tokens, columns] float32, 16 bytes a thread along the columns."""
+    wide = columns // 4 if columns < 128 else 32
+    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_bases(split, 2))
+
+
+@gluon.constexpr_function
+def _words_layout(rows, warps, split):  # type: ignore[no-untyped-def]
     """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q
     of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
     reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
@@ -76,12 +108,12 @@ def _words_layout(rows, warps):  # type: ignore[no-untyped-def]
     while w < warps:
         warp.append([8 * w, 0])
         w *= 2
-    return gl.DistributedLinearLayout(reg, lane, warp, [], [rows // 2, 64])
+    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(split, 2), [rows // 2, 64])
 
 
 @gluon.jit
-def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
-    words = smem.load(_words_layout(BLOCK_N, WARPS)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
+def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, SPLIT: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    words = smem.load(_words_layout(BLOCK_N, WARPS, SPLIT)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
     return gl.convert_layout(words, A, assert_trivial=True)
 
 
@@ -138,28 +170,46 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
             )
 
 
-@gluon.jit(do_not_specialize=["M", "tiles", "whole", "per_split"])
+@gluon.jit
+def _add_up(sums_ptr, bias_ptr, out_ptr, row, m0, n0, M, N,
+            HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
+            WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Tokens row .. row + BLOCK_M / SPLIT - 1 of a tile's y: its sums [SPLIT, BLOCK_M, BLOCK_N] added in order, and bias."""
+    L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT)
+    rm = row + gl.arange(0, BLOCK_M // SPLIT, gl.SliceLayout(1, L))
+    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
+    at = gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0)
+    mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
+    total = gl.zeros((BLOCK_M // SPLIT, BLOCK_N), gl.float32, L)
+    for s in gl.static_range(SPLIT):
+        total += gl.load(sums_ptr + s * (BLOCK_M * BLOCK_N) + at, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += gl.expand_dims(gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32), 0)
+    y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+    gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, M, N, K, tiles, whole, per_split,
+    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, M, N, K, tiles, first_tile, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    PDL: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, SPLIT)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
 
-    pid = gl.program_id(0)
-    tile = pid
+    tile = first_tile + gl.program_id(0)  # a program of the grid is a cluster
+    rank = 0
     first = 0
     last = tiles
     if SPLIT > 1:
-        if pid >= whole:
-            tile = whole + (pid - whole) // SPLIT
-            first = gl.minimum((pid - whole) % SPLIT * per_split, tiles)
-            last = gl.minimum(first + per_split, tiles)
+        rank = cluster_rank()
+        first = gl.minimum(rank * per_split, tiles)
+        last = gl.minimum(first + per_split, tiles)
     # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
     m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
     first_n = tile // (GROUP_N * m_tiles) * GROUP_N
@@ -169,7 +219,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], _barrier_layout(SPLIT))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
@@ -179,15 +229,21 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
     scales, minus_base = _columns(scale_ptr, zero_ptr, first, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
     if PDL:
-        pdl_launch_next()
-        pdl_wait()
+        if BEFORE_TAIL:  # the tail starts once this has waited for it
+            pdl_wait()
+            pdl_launch_next()
+        elif IS_TAIL:
+            pdl_launch_next()
+        else:
+            pdl_launch_next()
+            pdl_wait()
     for i in gl.static_range(STAGES):
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     False, True, BYTES)  # fmt: skip
 
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     mbarrier.wait(ready.index(0), 0, pred=first < last)
-    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, A)
+    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, SPLIT, A)
     low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     high = low
     stage = 0
@@ -214,17 +270,22 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         scales = coming
         minus_base = coming_base
         mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, A)
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, SPLIT, A)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
         low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     acc, high = warpgroup_mma_wait(0, deps=(acc, high))
 
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:
-        if pid >= whole:
-            at = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0) * BLOCK_N + gl.expand_dims(rn, 1)
-            gl.store(workspace_ptr + gl.to_tensor(pid - whole).to(gl.int64) * (BLOCK_M * BLOCK_N) + at, acc)
-            return
+        rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N)
+        gl.store(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+        if IS_TAIL and PDL:
+            pdl_wait()  # whoever waits for this launch means the one before it, too
+        cluster_barrier()
+        _add_up(sums_ptr, bias_ptr, out_ptr, rank * (BLOCK_M // SPLIT), m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT,
+                WARPS)  # fmt: skip
+        return
     if HAS_BIAS:
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
         acc += gl.expand_dims(bias, 1)
@@ -233,30 +294,6 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
     tma.store_wait(0)
-
-
-@triton.jit(do_not_specialize=["M", "whole"])
-def _sum_tail_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, bias_ptr, out_ptr, M, N, whole,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP_N: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y = sum over s, in order, of partial [tiles - whole, SPLIT, BLOCK_M, BLOCK_N] (+ bias); ROWS tokens a program."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    tile, part = tl.program_id(0), tl.program_id(1)
-    tile_n, tile_m = tile_of_program(tile + whole, M, N, BLOCK_M, BLOCK_N, GROUP_N)
-    rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    rm, rn = tile_m * BLOCK_M + rows, tile_n * BLOCK_N + columns
-    at = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
-    mask = (rm < M)[:, None] & (rn < N)[None, :]
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for s in tl.static_range(SPLIT):
-        total += tl.load(at + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
@@ -289,27 +326,36 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
     tiles, split = weight.words.shape[0], config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
-    whole, tail, workspace = programs, 0, None
+    if split == 1:
+        _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
+        return y
+    at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
+    whole = programs // at_once * at_once
+    if whole:
+        _launch_tiles(x, weight, bias, y, replace(config, split_k=1), 0, whole, pdl, before_tail=whole < programs)
+    if whole < programs:
+        _launch_tiles(x, weight, bias, y, config, whole, programs - whole, pdl, is_tail=whole > 0)
+    return y
+
+
+def _launch_tiles(
+    x: Tensor, weight: KernelWeight, bias: Tensor | None, y: Tensor, config: TiledConfig, first_tile: int, n_tiles: int,
+    pdl: bool, before_tail: bool = False, is_tail: bool = False,
+) -> None:  # fmt: skip
+    m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
+    tiles = weight.words.shape[0]
+    workspace = None
     if split > 1:
-        at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
-        whole = programs // at_once * at_once
-        tail = programs - whole
-        workspace = torch.empty(tail * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
-    wide = gl.NVMMASharedLayout(128, 16, 2)
+        workspace = torch.empty(n_tiles * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
+    wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(split, 2))
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
-    _tiled_kernel[(whole + tail * split,)](
-        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, whole,
+    _tiled_kernel[(n_tiles,)](
+        x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
         -(-tiles // split),
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
+        num_warps=config.warps, num_ctas=split, launch_pdl=pdl,
     )  # fmt: skip
-    if tail:
-        rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
-        _sum_tail_kernel[(tail, config.block_m // rows)](
-            workspace, bias, y, m, n, whole, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, SPLIT=split, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
-        )  # fmt: skip
-    return y

@@ -276,17 +276,17 @@ def test_a_decode_thread_holds_the_inputs_that_its_words_meet(warps: int, tokens
     lane's words are words 8 q .. 8 q + 7; each element has one holder."""
     layout = w4a16_decode._x_layout(warps, tokens)
     holders = placement(layout)
-    assert layout.shape == [warps, 4, tokens, 32] and set(holders) == elements(layout.shape)
-    for (tile, part, token, k), (register, lane, warp) in holders.items():
-        assert (warp, lane) == (tile, token % 8 * 4 + k // 8)
-        assert register == token // 8 * 32 + part * 8 + k % 8
+    assert layout.shape == [warps, 4, tokens, 16] and set(holders) == elements(layout.shape)  # pairs of inputs
+    for (tile, part, token, pair), (register, lane, warp) in holders.items():
+        assert (warp, lane) == (tile, token % 8 * 4 + pair // 4)
+        assert register == token // 8 * 16 + part * 4 + pair % 4
 
 
 @pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 4), (128, 8), (256, 8)])
 def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -> None:
     """Oracle: PTX ISA, wgmma.m64nNk16: of 16 columns, lane 4 r + q of warp w holds 2 q, 2 q + 1 and those 8 further, of
     rows 16 w + r and 16 w + r + 8; here 32 words side by side, and 16 warps rows later the same again."""
-    layout = w4a16_tiled._words_layout(rows, warps)
+    layout = w4a16_tiled._words_layout(rows, warps, 1)
     holders = placement(layout)
     assert layout.shape == [rows // 2, 64] and set(holders) == elements(layout.shape)
     for (pair, column), (register, lane, warp) in holders.items():
