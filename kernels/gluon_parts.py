@@ -28,9 +28,16 @@ def pdl_wait():  # type: ignore[no-untyped-def]
 def cluster_bases(split, rank):  # type: ignore[no-untyped-def]
     """Bases of a layout over a cluster whose programs each hold a tensor of their own: the program's number moves
     nothing. Triton calls the cluster one program with `num_ctas`; what differs between its members is theirs to say."""
+    return cluster_shares(split, rank, 0)
+
+
+@gluon.constexpr_function
+def cluster_shares(split, rank, step=1):  # type: ignore[no-untyped-def]
+    """Bases of a layout that deals dimension 0 of one tensor out to the programs of a cluster, an equal part each."""
     bases = []
     while split > 1:
-        bases.append([0] * rank)
+        bases.append([step] + [0] * (rank - 1))
+        step *= 2
         split //= 2
     return bases
 
@@ -48,6 +55,15 @@ def cluster_barrier():  # type: ignore[no-untyped-def]
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // $0",
         "=r", [], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def store_by_each(at, value):  # type: ignore[no-untyped-def]
+    """Store float32 values at pointers `at`, by every program of a cluster: `gl.store` takes a tensor that does not
+    differ between them to be the same one, and lets the first store it."""
+    gl.inline_asm_elementwise(
+        "st.global.f32 [$1], $2; mov.b32 $0, 0;", "=r,l,f", [at.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

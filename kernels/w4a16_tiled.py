@@ -53,11 +53,13 @@ from compress.kernels.gluon_parts import (
     cluster_barrier,
     cluster_bases,
     cluster_rank,
+    cluster_shares,
     load_row,
     pdl_launch_next,
     pdl_wait,
     scale_group,
     slice_weights,
+    store_by_each,
 )
 from compress.kernels.w4a16 import KernelWeight
 
@@ -88,9 +90,9 @@ def _barrier_layout(split):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def _sum_layout(columns, warps, split):  # type: ignore[no-untyped-def]
-    """[tokens, columns] float32, 16 bytes a thread along the columns."""
+    """[tokens, columns] float32 dealt out to the cluster by tokens, 16 bytes a thread along the columns."""
     wide = columns // 4 if columns < 128 else 32
-    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_bases(split, 2))
+    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(split, 2))
 
 
 @gluon.constexpr_function
@@ -171,16 +173,16 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
 
 
 @gluon.jit
-def _add_up(sums_ptr, bias_ptr, out_ptr, row, m0, n0, M, N,
+def _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N,
             HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
             WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Tokens row .. row + BLOCK_M / SPLIT - 1 of a tile's y: its sums [SPLIT, BLOCK_M, BLOCK_N] added in order, and bias."""
+    """A tile of y: sums [SPLIT, BLOCK_M, BLOCK_N] added in order, and bias. Each program of the cluster has its tokens."""
     L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT)
-    rm = row + gl.arange(0, BLOCK_M // SPLIT, gl.SliceLayout(1, L))
+    rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
     at = gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0)
     mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
-    total = gl.zeros((BLOCK_M // SPLIT, BLOCK_N), gl.float32, L)
+    total = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, L)
     for s in gl.static_range(SPLIT):
         total += gl.load(sums_ptr + s * (BLOCK_M * BLOCK_N) + at, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -279,12 +281,11 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     if SPLIT > 1:
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N)
-        gl.store(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+        store_by_each(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
         if IS_TAIL and PDL:
             pdl_wait()  # whoever waits for this launch means the one before it, too
         cluster_barrier()
-        _add_up(sums_ptr, bias_ptr, out_ptr, rank * (BLOCK_M // SPLIT), m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT,
-                WARPS)  # fmt: skip
+        _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
         return
     if HAS_BIAS:
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
