@@ -174,7 +174,7 @@ class Decoder:
         if isinstance(part, Packed):
             from compress.kernels import w4a16
 
-            return w4a16.matmul(x, part.weight, part.bias)
+            return w4a16.matmul(x, part.weight, part.bias, self.pdl)
         return part(x)
 
     @torch.no_grad()

@@ -159,6 +159,25 @@ def test_products_that_do_their_neighbours_work() -> None:
     check_steps(model, decoder, 1e-2)
 
 
+@pytest.mark.parametrize("use_pdl", [False, True], ids=["plain", "pdl"])
+def test_dependent_launch_of_the_products_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch, use_pdl: bool) -> None:
+    """Oracle: what the engine was told, at every launch of W4A16 that a step of 9 sequences makes."""
+    from compress.kernels import w4a16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = quantize_linears(fresh("qwen2").half().to(device), Backend.TRITON, torch.float16, {})
+    decoder = Decoder(read_model(model), 9, CAPACITY, use_kernels=False)  # twins around the products
+    decoder.pdl, told = use_pdl, []
+
+    def launch(x: torch.Tensor, weight: Any, bias: Any, config: Any = None, pdl: bool = True) -> torch.Tensor:
+        told.append(pdl)
+        return x.new_zeros(x.shape[0], weight.n)
+
+    monkeypatch.setattr(w4a16, "launch", launch)
+    decoder.step(torch.zeros(9, dtype=torch.int64, device=device))
+    assert told == [use_pdl] * 8  # qkv, out, gate/up and down of two blocks
+
+
 def test_caches_of_transformers_are_taken_over() -> None:
     """Oracle: steps after a static cache, and after the first tokens of a longer dynamic one, equal the model's."""
     model, ids = build("qwen3"), token_ids(2, PROMPT + 3)

@@ -221,12 +221,13 @@ def test_the_interpreter_reads_no_table(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize(("config", "kernel"), [(DECODE, w4a16_decode), (TILED, w4a16_tiled)], ids=["decode", "tiled"])
 def test_a_configuration_goes_to_its_kernel(monkeypatch: pytest.MonkeyPatch, config: Any, kernel: Any) -> None:
-    """Oracle: the launch of that module is called, with what `launch` was given."""
+    """Oracle: the launch of that module is called, with what `launch` was given; with dependent launch unless said."""
     x, codes, scale, zero, bias = problem(16, 128, 64, False)
     weight = w4a16.pack_kernel_layout(codes, scale, zero)
     for other in (w4a16_decode, w4a16_tiled):
         monkeypatch.setattr(other, "launch", lambda *arguments, other=other: (other, *arguments))
-    assert w4a16.launch(x, weight, bias, config) == (kernel, x, weight, bias, config)
+    assert w4a16.launch(x, weight, bias, config) == (kernel, x, weight, bias, config, True)
+    assert w4a16.launch(x, weight, bias, config, pdl=False) == (kernel, x, weight, bias, config, False)
 
 
 # -- layouts ----------------------------------------------------------------------------------------------
