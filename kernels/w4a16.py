@@ -200,9 +200,7 @@ def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     common.check_operands(x, words, scale, zero, bias, group_size)
 
 
-def launch(
-    x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None, pdl: bool = True
-) -> Tensor:
+def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype; float32 accumulation. Twin: `reference.w4a16_linear`.
 
     Args:
