@@ -45,7 +45,7 @@ from torch import Tensor
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import bench_plot, bench_report, contenders, peers, timing
 from compress.kernels.contenders import Call, Contender
-from compress.kernels.problem import Problem, Scheme, guarded
+from compress.kernels.problem import W4G128, Problem, Scheme, guarded
 from compress.kernels.reference import relative_error
 
 MAX_ERROR = 0.01
@@ -206,7 +206,7 @@ def contenders_of(
 
         return contenders_wna16.gpu_contenders(p, args.dtype, scheme.int8, args.paths)
     rows = contenders.gpu_contenders(p, args.dtype, args.paths)
-    for name, peer in built.items() if scheme == Scheme() else ():
+    for name, peer in built.items() if scheme == W4G128 else ():
         try:
             rows[f"{name} {str(args.dtype).removeprefix('torch.')}"] = peer.contender(p, args.dtype, args.ms)
         except Exception as problem:
@@ -254,7 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--shapes", help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
-    parser.add_argument("--ms", help="rows of x, e.g. 1,16,256")
+    parser.add_argument("--ms", "--tokens", help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w4-channel,w8g128,w8a8")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
@@ -337,7 +337,7 @@ def report(record: dict[str, Any], args: argparse.Namespace, command: str) -> No
     for c in record["cells"]:
         if c["problem"]:
             print(f"{c['what']} at {c['n']}x{c['k']}, M={c['m']}: {c['problem']}")
-    suffix = "" if record["scheme"] == Scheme().label else f"_{record['scheme']}"
+    suffix = "" if record["scheme"] == W4G128.label else f"_{record['scheme']}"
     if args.out:
         stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}{suffix}"
         print("written: " + ", ".join(map(str, bench_report.write(stem, record, args.ms, command))))

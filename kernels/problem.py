@@ -52,6 +52,9 @@ class Scheme:
         return Problem(n, k, device, self.group or k, self.symmetric, self.bits)
 
 
+W4G128 = Scheme()
+
+
 class Problem:
     """Codes uint8 [N, K] below 2^bits, scale float32 [N, G] exact in float16 and bfloat16, zero uint8 [N, G].
 
