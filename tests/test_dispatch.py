@@ -506,6 +506,28 @@ def test_a_run_keeps_every_shape_it_finished(
     assert "N=32 K=256 M=16 w4g128 bfloat16: roof" in out and "6 tried, 1 not right" in out and "<- rule" in out
 
 
+@pytest.mark.gpu
+def test_a_tuned_table_is_what_the_kernels_then_run(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Oracle: the configuration that each kernel takes from the table, one of the two that were timed for real."""
+    one = {"wna16": wna16.Config(16, 64, 1, 4, 2), "w8a8": w8a8.Config(16, 64, 1, 4, 2)}
+    for name, config in one.items():
+        base = tunables.TUNABLES[name]
+        few = replace(base, grid=lambda m, c=config: iter([c]), default=lambda m, weight: None,
+                      expand=lambda m, n, k, c: [c, replace(c, split_k=2)])  # fmt: skip
+        monkeypatch.setitem(tunables.TUNABLES, name, few)
+    args = tune.parse(
+        ["--shapes", "512x1024", "--tokens", "4", "--dtype", "float16,bfloat16", "--table", str(own_cache)]
+    )
+    machine = {"device": torch.cuda.get_device_name(), "copy_TB_per_s": 3.0, "fp16_TFLOP_per_s": 700.0}
+    tune.time_all({"w8g128": [tunables.TUNABLES["wna16"]], "w8a8": [tunables.TUNABLES["w8a8"]]}, args, machine)
+    dispatch.forget()
+    for label, name, module in (("w8g128", "wna16", wna16), ("w8a8", "w8a8", w8a8)):
+        for dtype in (torch.float16, torch.bfloat16):
+            p = Scheme.parse(label).problem(512, 1024, "cuda")
+            config = module.configuration(p.x(3).to(dtype), tunables.TUNABLES[name].pack(p, dtype))
+            assert config in (one[name], replace(one[name], split_k=2))
+
+
 def test_kernels_are_compiled_once_for_all_sizes() -> None:
     """Oracle: by hand: up to 8 tokens the decode kernel's tiles are one grid, compiled at the smallest M; a row of one
     group is compiled for each K; two dtypes and two schemes are twice as much."""
