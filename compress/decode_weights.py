@@ -15,7 +15,7 @@ each other (a part quantized to other bits) stay apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from compress.qlinear import QuantLinear
 
 if TYPE_CHECKING:
     from compress.kernels.w4a16 import KernelWeight
+    from compress.kernels.wna16_layout import PackedWeight
 
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 # tables that do not depend on the length of the text
@@ -48,9 +49,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Packed:
-    """A 4-bit weight in the W4A16 kernel's layout; bias [N] or None."""
+    """A weight in the layout of the W4A16 kernel, or of the WnA16 one for other bits; bias [N] or None."""
 
-    weight: KernelWeight
+    weight: KernelWeight | PackedWeight
     bias: Tensor | None
 
     @property
@@ -58,7 +59,7 @@ class Packed:
         return _nbytes(self.weight.words, self.weight.scale, self.weight.zero, self.bias)
 
 
-# a QuantLinear computes by itself what the W4A16 kernel cannot
+# a QuantLinear computes by itself what no weight-only kernel can
 Part = Dense | Packed | QuantLinear
 Join = Callable[[list[Tensor], int], Tensor]
 
@@ -271,7 +272,7 @@ def _kind(module: Any) -> tuple[Any, ...]:
     weight = module.kernel_weight()
     if weight is None:
         return ("alone",)
-    return ("packed", weight.group_size, weight.zero is None, weight.scale.dtype)
+    return ("packed", module.scheme.bits, weight.group_size, weight.zero is None, weight.scale.dtype)
 
 
 def _fuse_dense(linears: list[Any]) -> Dense:
@@ -300,24 +301,19 @@ def _are_neighbours(weights: list[Tensor]) -> bool:
 
 def _fuse_packed(linears: list[QuantLinear], join: Join = torch.cat) -> Packed:
     """One weight with the rows of all; join(tensors, dim) says in which order."""
-    from compress.kernels.w4a16 import KernelWeight
-
     weights: list[Any] = [linear.kernel_weight() for linear in linears]
     first = weights[0]
     bias = _fuse_biases(linears, linears[0].dtype, join)
     if len(weights) == 1:
         return Packed(first, bias)
-    return Packed(
-        KernelWeight(
-            join([w.words for w in weights], 1),
-            join([w.scale for w in weights], 1),
-            None if first.zero is None else join([w.zero for w in weights], 1),
-            sum(w.n for w in weights),
-            first.k,
-            first.group_size,
-        ),
-        bias,
+    fused = replace(
+        first,
+        words=join([w.words for w in weights], 1),
+        scale=join([w.scale for w in weights], 1),
+        zero=None if first.zero is None else join([w.zero for w in weights], 1),
+        n=sum(w.n for w in weights),
     )
+    return Packed(fused, bias)
 
 
 def _fuse_biases(linears: Iterable[Any], dtype: torch.dtype, join: Join = torch.cat) -> Tensor | None:

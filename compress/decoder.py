@@ -9,9 +9,9 @@
 A step of a block is eight launches: norm (with the residual sum), q/k/v matmul, rotary embedding + cache + attention,
 output matmul, norm, gate/up matmul, SiLU, down matmul. On Hopper, with packed weights and up to 8 sequences, the
 matmuls take over norms, sums and SiLU, and five are left. Kernels: `compress.kernels.decode_ops`, `decode_attention`,
-`w4a16`, `w4a16_decode`, and cuBLAS for dense weights. Token ids and positions lie in tensors of the device, so the
-recorded graph is replayed at every position. Elsewhere than on CUDA the step runs on the kernels' PyTorch twins: right,
-not fast.
+`w4a16`, `w4a16_decode`, `wna16`, and cuBLAS for dense weights. Token ids and positions lie in tensors of the device, so
+the recorded graph is replayed at every position. Elsewhere than on CUDA the step runs on the kernels' PyTorch twins:
+right, not fast.
 """
 
 from __future__ import annotations
@@ -84,12 +84,13 @@ class Decoder:
         self.fused = use_kernels and self._can_fuse()
 
     def _can_fuse(self) -> bool:
-        """Whether every product of the layers is one that does its neighbours' work: packed, few tokens, on Hopper."""
+        """Whether every product of the layers is one that does its neighbours' work: 4 bits, few tokens, on Hopper."""
         from compress.kernels import w4a16_decode
+        from compress.kernels.w4a16 import KernelWeight
 
         linears = [w for y in self.model.layers for w in (y.qkv, y.out, y.gate_up, y.down)]
         parts = [part for w in linears for part in w.parts]
-        packed = [part.weight for part in parts if isinstance(part, Packed)]
+        packed = [p.weight for p in parts if isinstance(p, Packed) and isinstance(p.weight, KernelWeight)]
         if not len(linears) == len(parts) == len(packed):
             return False
         if self.batch > w4a16_decode.RULE_MAX_TOKENS:
@@ -172,9 +173,11 @@ class Decoder:
         if isinstance(part, Dense):
             return F.linear(x, part.weight, part.bias)
         if isinstance(part, Packed):
-            from compress.kernels import w4a16
+            from compress.kernels import w4a16, wna16
 
-            return w4a16.matmul(x, part.weight, part.bias)
+            if isinstance(part.weight, w4a16.KernelWeight):
+                return w4a16.matmul(x, part.weight, part.bias, self.pdl)
+            return wna16.matmul(x, part.weight, part.bias)
         return part(x)
 
     @torch.no_grad()

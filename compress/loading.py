@@ -68,9 +68,11 @@ def load(
     for stem in stems:
         module_name = names[stem + "weight"].removesuffix(".weight")
         tensors = {s: source.tensor(stem + s) for s in _SUFFIXES if stem + s in source.files}
+        # words are unpacked where they are used; the shape is read on the host
+        tensors = {s: t if s == "weight_shape" else t.to(place) for s, t in tensors.items()}
         bias = source.tensor(stem + "bias").to(dtype) if stem + "bias" in source.files else None
         quantized = decode(tensors, scheme_of(module_name, network.get_submodule(module_name), config))
-        linear = QuantLinear.from_quantized(quantized.to(place), bias.to(place) if bias is not None else None,
+        linear = QuantLinear.from_quantized(quantized, bias.to(place) if bias is not None else None,
                                             backend=backend, dtype=dtype)  # fmt: skip
         network.set_submodule(module_name, linear)
     own = {p: s for s, p in names.items()}

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from compress.config import BenchConfig
-from compress.decode_weights import read_model
+from compress.decode_weights import DecodeModel, read_model
 from compress.decoder import Decoder
 from compress.errors import ConfigError, EnvironmentProblem, UnsupportedModel
 from compress.eval.memory import MemoryProbe, resident_bytes
@@ -34,11 +35,30 @@ GRAPH = "decode in a CUDA graph, prefill eager"
 ENGINE = "decode by compress.decoder in a CUDA graph, prefill eager"
 
 
+def weights_of(model: nn.Module) -> Callable[[], DecodeModel]:
+    """Reads the engine's weights of a model at the first call and gives the same ones at every other.
+
+    What cannot be read raises at every call. Packed weights are fused into copies, as large as the model's own: they
+    live as long as this function.
+    """
+    return cache(partial(read_model, model))
+
+
 class Session:
     """One model at one batch size: its token ids, its KV cache, its decode graph and what was measured."""
 
-    def __init__(self, model: nn.Module, batch: int, config: BenchConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        config: BenchConfig,
+        device: torch.device,
+        read_weights: Callable[[], DecodeModel] | None = None,
+    ) -> None:
+        """read_weights: the engine's weights of `model`, asked for when the engine is (see `weights_of`). Sessions that
+        are given the same one share them; without it a session fuses its own."""
         self.model, self.batch, self.config, self.device = model, batch, config, device
+        self.read_weights = read_weights or weights_of(model)
         self.ms: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self.growth_bytes: dict[str, list[int | None]] = {phase: [] for phase in PHASES}
         self.work: dict[str, Work] = {}
@@ -86,7 +106,7 @@ class Session:
         Raises:
             UnsupportedModel, ConfigError: a model, length or dtype that the engine does not know.
         """
-        weights = read_model(self.model)
+        weights = self.read_weights()
         self.memory.start()
         self.decoder = Decoder(weights, self.batch, self.ids.shape[1])
         if self.device.type == "cuda":

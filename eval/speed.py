@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from compress.config import BenchConfig
+from compress.decode_weights import DecodeModel
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.eval.roofline import Machine, measure_machine
-from compress.eval.session import PHASES, Session, choose_launch
+from compress.eval.session import PHASES, Session, choose_launch, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def benchmark_pair(
     say = progress or log.debug
     say("measuring memory bandwidth and matrix-product peak")
     machine = measure_machine(device, dtype)
-    models = {"reference": reference, "quantized": quantized}
+    # fused for the decode engine once, whatever the number of batch sizes
+    models = {name: (model, weights_of(model)) for name, model in (("reference", reference), ("quantized", quantized))}
     rows: list[SpeedRow] = []
     with torch.inference_mode():
         for batch in config.batch_sizes:
@@ -158,10 +160,15 @@ def check_positions(model: nn.Module, config: BenchConfig) -> None:
 
 
 def _bench_batch(
-    models: dict[str, nn.Module], batch: int, config: BenchConfig, device: torch.device, machine: Machine, say: Progress
+    models: dict[str, tuple[nn.Module, Callable[[], DecodeModel]]],
+    batch: int,
+    config: BenchConfig,
+    device: torch.device,
+    machine: Machine,
+    say: Progress,
 ) -> list[SpeedRow]:
-    """One row a phase. `models` are measured in their order, over and over."""
-    sessions = {name: Session(model, batch, config, device) for name, model in models.items()}
+    """One row a phase. `models`, each with its `weights_of`, are measured in their order, over and over."""
+    sessions = {name: Session(model, batch, config, device, read) for name, (model, read) in models.items()}
     for session in sessions.values():
         session.count()
     mode = choose_launch(list(sessions.values()))

@@ -7,18 +7,21 @@ multiplied in float64, the worst of the first call, a call on the last weight co
 very graph that was timed, filled with NaN and replayed once more on activations that it has not seen. x lies between
 rows of NaN. An error above 0.01 is reported as wrong and has no time.
 
-Contenders on a GPU: cuBLAS in --dtype (the baseline, timed again when a shape is done; its drift is printed), torch's
-tinygemm, this project ("ours" is what a QuantLinear with backend=auto runs; --paths adds the two that it chooses from),
-and gemlite and Humming where installed (`compress.kernels.peers`; pip install 'compress-llm[peers]'). A peer that is
-absent or raises is named, and the rest goes on. The roofline is max(bytes / copy bandwidth, flops / matmul rate), bytes
-being codes, scales, x and y once, both ceilings measured in the same run.
+Contenders on a GPU: cuBLAS in float16 (the baseline, to which every cell has its ratio; timed again when a shape is
+done, its drift is printed) and in --dtype, torch's tinygemm, this project ("ours" is what a QuantLinear with
+backend=auto runs; --paths adds the two that it chooses from), and gemlite and Humming where installed
+(`compress.kernels.peers`; pip install 'compress-llm[peers]'). A peer that is absent or raises is named, and the rest
+goes on. The roofline is max(bytes / copy bandwidth, flops / matmul rate), bytes being codes, scales, zero points, x and
+y once, both ceilings measured in the same run.
 
-Weights are symmetric, group 128, of 4 bits. --bits 8, 3 or 2 takes another width and --bits w8a8 8-bit weights with one
-scale a row and activations rounded to 8 bits, which may be wrong by 0.03; other peers than torch are for 4 bits only.
-One table a shape, then one JSON line; --out DIR keeps it, and the tables as Markdown.
+--schemes: one table a shape and one JSON line for each scheme; --out DIR keeps the line, and the tables as Markdown.
+Schemes read w4g128, w4g64-asym, w4-channel, w8g128, w3g128, w2g128 or w8a8: bits, then inputs that share a scale. w8a8
+is 8-bit weights with one scale a row and activations rounded to 8 bits, which may be wrong by 0.03. gemlite and Humming
+take part in w4g128 alone.
 
     python -m compress.kernels.bench --out DIR --roofline roofline.html
     python -m compress.kernels.bench --shapes 4096x4096,28672x4096 --ms 1,16,256 --dtype bfloat16 --peers none
+    python -m compress.kernels.bench --schemes w4g128-asym,w4g32,w4-channel,w8g128,w3g128,w2g128,w8a8 --out DIR
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import EnvironmentProblem
+from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import bench_plot, bench_report, contenders, peers, timing
 from compress.kernels.contenders import Call, Contender
-from compress.kernels.problem import GROUP, Problem, guarded
+from compress.kernels.problem import W4G128, Problem, Scheme, guarded
 from compress.kernels.reference import relative_error
 
 MAX_ERROR = 0.01
@@ -194,16 +197,16 @@ def build_peers(names: list[str], problems: dict[str, str]) -> dict[str, peers.P
 
 
 def contenders_of(
-    p: Problem, args: argparse.Namespace, built: dict[str, peers.Peer], problems: dict[str, str]
+    p: Problem, scheme: Scheme, args: argparse.Namespace, built: dict[str, peers.Peer], problems: dict[str, str]
 ) -> dict[str, Contender]:
     if args.device == "cpu":
         return contenders.cpu_contenders(p, args.dtype)
-    if args.bits != "4":
+    if scheme.bits != 4:
         from compress.kernels import contenders_wna16
 
-        return contenders_wna16.gpu_contenders(p, args.dtype, args.bits == "w8a8", args.paths)
+        return contenders_wna16.gpu_contenders(p, args.dtype, scheme.int8, args.paths)
     rows = contenders.gpu_contenders(p, args.dtype, args.paths)
-    for name, peer in built.items():
+    for name, peer in built.items() if scheme == W4G128 else ():
         try:
             rows[f"{name} {str(args.dtype).removeprefix('torch.')}"] = peer.contender(p, args.dtype, args.ms)
         except Exception as problem:
@@ -251,28 +254,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--shapes", help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
-    parser.add_argument("--ms", help="rows of x, e.g. 1,16,256")
+    parser.add_argument("--ms", "--tokens", help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
-    parser.add_argument("--bits", default="4", choices=("4", "8", "3", "2", "w8a8"), help="width of the weights")
+    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w4-channel,w8g128,w8a8")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
     parser.add_argument("--paths", action="store_true", help='also time both paths behind "ours" at every M')
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of timing for a cell on a CPU")
-    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>[_<bits>].json, .md")
+    parser.add_argument("--out", type=Path, help="directory for bench_kernels_<device>_<dtype>[_<scheme>].json, .md")
     parser.add_argument("--roofline", type=Path, help="plot of rates against arithmetic intensity: .html, .png or .svg")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "bfloat16"))
     args.ms = sorted({int(m) for m in (args.ms or DEFAULT_MS[args.device]).split(",")})
     pairs = (args.shapes or DEFAULT_SHAPES[args.device]).split(",")
     args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in pairs)]
-    args.peers = [] if args.peers == "none" or args.device == "cpu" or args.bits != "4" else args.peers.split(",")
+    args.peers = [] if args.peers == "none" or args.device == "cpu" else args.peers.split(",")
+    try:
+        args.schemes = [Scheme.parse(label) for label in args.schemes.split(",")]
+    except ConfigError as problem:
+        parser.error(f"--schemes: {problem}")
     for n, k in args.shapes:
-        if k % GROUP:
-            parser.error(f"shape {n}x{k}: K must be a multiple of {GROUP}")
+        if odd := [s.label for s in args.schemes if k % 128 or k % (s.group or k)]:
+            parser.error(f"shape {n}x{k}: K must be a multiple of 128 and of the group of {', '.join(odd)}")
     unknown = [name for name in args.peers if name not in peers.PEERS]
     if unknown:
         parser.error(f"--peers {','.join(unknown)}: known are {', '.join(peers.PEERS)}, or none")
-    if args.bits == "w8a8" and (args.device == "cpu" or args.roofline):
-        parser.error("--bits w8a8 needs a GPU, and its ceiling is not the float16 one of --roofline")
+    if any(scheme.int8 for scheme in args.schemes) and (args.device == "cpu" or args.roofline):
+        parser.error("--schemes w8a8 needs a GPU, and its ceiling is not the float16 one of --roofline")
     if args.roofline and args.device == "cpu":
         parser.error("--roofline needs the ceilings of a GPU; leave it out on a CPU")
     if args.roofline and args.roofline.suffix not in bench_plot.SUFFIXES:
@@ -281,7 +288,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def _imports_left_out_of_collection() -> Iterator[None]:
+def imports_left_out_of_collection() -> Iterator[None]:
     """A capture collects garbage first; what is imported by now is not worth looking through each time."""
     gc.collect()
     gc.freeze()
@@ -292,24 +299,26 @@ def _imports_left_out_of_collection() -> Iterator[None]:
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print tables; the record that becomes the JSON line."""
-    machine = describe_machine(args.device)
-    print(json.dumps(machine))
-    problems: dict[str, str] = {}
-    built = build_peers(args.peers, problems)
+def run(
+    scheme: Scheme,
+    args: argparse.Namespace,
+    machine: dict[str, Any],
+    built: dict[str, peers.Peer],
+    problems: dict[str, str],
+) -> dict[str, Any]:
+    """Measure one scheme and print its tables; the record that becomes the JSON line."""
     cells: list[dict[str, Any]] = []
-    with _imports_left_out_of_collection():
-        for n, k in args.shapes:
-            group, bits = (k, 8) if args.bits == "w8a8" else (GROUP, int(args.bits))
-            p = Problem(n, k, args.device, group, bits=bits)
-            found = measure_shape(p, args, contenders_of(p, args, built, problems))
-            print(bench_report.text_table(n, k, args.ms, found, machine), flush=True)
-            cells += found
+    for n, k in args.shapes:
+        p = scheme.problem(n, k, args.device)
+        found = measure_shape(p, args, contenders_of(p, scheme, args, built, problems))
+        print(bench_report.text_table(n, k, args.ms, found, machine, scheme.label), flush=True)
+        cells += found
     return {
         "metric": "us_per_call",
-        "bits": args.bits,
-        "group": GROUP,
+        "scheme": scheme.label,
+        "bits": scheme.bits,
+        "group": scheme.group or "channel",
+        "symmetric": scheme.symmetric,
         "dtype": str(args.dtype).removeprefix("torch."),
         "machine": machine,
         "peers": {name: version for name, version in peers.versions().items() if name in args.peers},
@@ -319,9 +328,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    record = run(args)
+def report(record: dict[str, Any], args: argparse.Namespace, command: str) -> None:
+    """What went wrong, the files, and the record as one line."""
     if moved := record["baseline_drift"]:
         print(
             f"cuBLAS timed again after each shape: {moved['median']:.1%} away in the median, {moved['worst']:.1%} worst"
@@ -329,16 +337,31 @@ def main(argv: list[str] | None = None) -> None:
     for c in record["cells"]:
         if c["problem"]:
             print(f"{c['what']} at {c['n']}x{c['k']}, M={c['m']}: {c['problem']}")
+    suffix = "" if record["scheme"] == W4G128.label else f"_{record['scheme']}"
     if args.out:
-        width = "" if args.bits == "4" else f"_{args.bits}"
-        stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}{width}"
-        command = "python -m compress.kernels.bench " + " ".join(argv if argv is not None else sys.argv[1:])
+        stem = args.out / f"bench_kernels_{args.device}_{record['dtype']}{suffix}"
         print("written: " + ", ".join(map(str, bench_report.write(stem, record, args.ms, command))))
     if args.roofline:
-        bench_plot.write(args.roofline, record)
-    print(json.dumps(record))
-    if any(cell["us"] is None and cell["kind"] != "peer" for cell in record["cells"]):
-        sys.exit("a result of this project or of torch was wrong")
+        bench_plot.write(args.roofline.with_stem(args.roofline.stem + suffix), record)
+    print(json.dumps(record), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    command = "python -m compress.kernels.bench " + " ".join(argv if argv is not None else sys.argv[1:])
+    machine = describe_machine(args.device)
+    print(json.dumps(machine))
+    problems: dict[str, str] = {}
+    built = build_peers(args.peers, problems)
+    wrong: list[str] = []
+    with imports_left_out_of_collection():
+        for scheme in args.schemes:
+            record = run(scheme, args, machine, built, problems)
+            report(record, args, command)
+            if any(cell["us"] is None and cell["kind"] != "peer" for cell in record["cells"]):
+                wrong.append(scheme.label)
+    if wrong:
+        sys.exit(f"a result of this project or of torch was wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

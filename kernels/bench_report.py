@@ -53,23 +53,32 @@ def ratios(rows: Cells, m: int) -> dict[str, tuple[float, str]]:
     return {label: (min(found)[0] / ours, min(found)[1]) for label, found in named.items() if found}
 
 
-def _figure(cell: dict[str, Any]) -> str:
+def baseline(rows: Cells) -> str:
+    """The contender that every other one is compared with: the first dense one."""
+    return next(name for name, row in rows.items() if next(iter(row.values()))["kind"] == "dense")
+
+
+def _figure(cell: dict[str, Any], base: dict[str, Any]) -> str:
+    """Microseconds, and how many times as fast as the baseline that is."""
     if cell["us"] is None:
         return "raised" if cell["problem"] else "wrong"
-    return f"{cell['us']:.1f}"
+    return f"{cell['us']:.1f}" + (f" {base['us'] / cell['us']:.2f}x" if base["us"] is not None else "")
 
 
-def text_table(n: int, k: int, ms: list[int], cells: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Microseconds with relative errors, for a terminal."""
+def text_table(n: int, k: int, ms: list[int], cells: list[dict[str, Any]], machine: dict[str, Any], scheme: str) -> str:
+    """Microseconds, ratios to the baseline and relative errors, for a terminal."""
 
     def line(name: str, texts: list[str]) -> str:
-        return f"{name:>32} |" + "".join(f"{text:>18}" for text in texts)
+        return f"{name:>32} |" + "".join(f"{text:>22}" for text in texts)
 
     def figure(cell: dict[str, Any]) -> str:
-        return _figure(cell) + (f" ({cell['error']:.0e})" if cell["error"] is not None else "")
+        text = _figure(cell, rows[base][cell["m"]])
+        return text + (f" ({cell['error']:.0e})" if cell["error"] is not None else "")
 
     rows = by_contender(cells, n, k)
-    lines = ["", f"N={n} K={k}, microseconds (relative error)", line("M", [str(m) for m in ms])]
+    base = baseline(rows)
+    about = f"N={n} K={k}, {scheme}: microseconds, times as fast as {base} (relative error)"
+    lines = ["", about, line("M", [str(m) for m in ms])]
     if "copy_TB_per_s" in machine:
         lines.append(line("roofline", _roofline_row(n, k, ms, cells, machine)))
     lines += [line(name, [figure(row[m]) for m in ms]) for name, row in rows.items()]
@@ -97,7 +106,9 @@ def markdown(record: dict[str, Any], ms: list[int], command: str) -> str:
         about.append(
             f"cuBLAS timed again after each shape: {moved['median']:.1%} away (median), {moved['worst']:.1%} worst"
         )
-    lines = [f"    {command}", "", "; ".join(about) + ". Microseconds a call, " + record["dtype"] + ".", ""]
+    base = next(cell["what"] for cell in record["cells"] if cell["kind"] == "dense")
+    what = f"{record['scheme']}, {record['dtype']}: microseconds a call, and how many times as fast as {base}."
+    lines = [f"    {command}", "", "; ".join(about) + ". " + what, ""]
     lines += ["| N x K | M | " + " | ".join(map(str, ms)) + " |", "|---" * (len(ms) + 2) + "|"]
     for n, k in dict.fromkeys((c["n"], c["k"]) for c in record["cells"]):
         lines += _markdown_rows(record, n, k, ms)
@@ -107,12 +118,12 @@ def markdown(record: dict[str, Any], ms: list[int], command: str) -> str:
 
 def _markdown_rows(record: dict[str, Any], n: int, k: int, ms: list[int]) -> list[str]:
     rows, machine = by_contender(record["cells"], n, k), record["machine"]
-    table: dict[str, list[str]] = {}
+    base, table = rows[baseline(rows)], dict[str, list[str]]()
     if "copy_TB_per_s" in machine:
         table["roofline"] = _roofline_row(n, k, ms, record["cells"], machine)
     for name, row in rows.items():
         own = row[ms[0]]["kind"] == "ours"
-        table[f"**{name}**" if own else name.strip()] = [_figure(row[m]) for m in ms]
+        table[f"**{name}**" if own else name.strip()] = [_figure(row[m], base[m]) for m in ms]
     table |= _ratio_rows(rows, ms, lambda ratio, name: f"{ratio:.2f} ({name.split()[0]})")
     heads = [f"{n} x {k}", *[""] * (len(table) - 1)]
     return [

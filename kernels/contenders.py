@@ -19,6 +19,7 @@ from compress.kernels.choose import Backend, capability, choose_backend
 from compress.kernels.problem import Problem
 from compress.quant import QuantScheme
 
+TINYGEMM_GROUPS = (32, 64, 128, 256)
 Call = Callable[[Any, Tensor], Tensor]  # call(weight, x [M, K]) -> y [M, N] in x's dtype
 
 
@@ -42,8 +43,13 @@ class Contender:
 
 
 def quantized_bits(p: Problem) -> float:
-    """Bits a weight that every kernel must read: the code and a 16-bit scale a group."""
-    return p.bits + 16 / p.group
+    """Bits a weight that every kernel must read: the code, and a group's 16-bit scale and zero point."""
+    return p.bits + (16 if p.symmetric else 16 + p.bits) / p.group
+
+
+def zero_of(p: Problem) -> Tensor | None:
+    """Zero points as the kernels' `pack` wants them."""
+    return None if p.symmetric else p.zero
 
 
 def auto_path(x: Tensor, n: int, group_size: int) -> Backend:
@@ -53,7 +59,7 @@ def auto_path(x: Tensor, n: int, group_size: int) -> Backend:
 
 
 def auto_linear(x: Tensor, weight: Any) -> Tensor:
-    """y = x W^T as QuantLinear computes it from a symmetric KernelWeight: fused, or dequantized for cuBLAS."""
+    """y = x W^T as QuantLinear computes it from a KernelWeight: fused, or dequantized for cuBLAS."""
     from compress.kernels import dequant, w4a16
 
     if auto_path(x, weight.n, weight.group_size) is Backend.TRITON:
@@ -61,28 +67,26 @@ def auto_linear(x: Tensor, weight: Any) -> Tensor:
     return F.linear(x, dequant.dense(weight, x.dtype))
 
 
+def dense_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
+    """cuBLAS in float16, the baseline, and in `dtype`."""
+    rows = {}
+    for dt in dict.fromkeys((torch.float16, dtype)):
+        copies = timing.rotating_copies((p.dense(dt),))
+        name = f"cuBLAS {str(dt).removeprefix('torch.')}"
+        rows[name] = Contender.of(dt, copies, lambda w, x: F.linear(x, w[0]), "dense", 16)
+    return rows
+
+
 def gpu_contenders(p: Problem, dtype: torch.dtype, paths: bool = False) -> dict[str, Contender]:
-    """cuBLAS first: it is the baseline. paths: also the two that "ours" chooses from, each at every M."""
+    """4 bits, cuBLAS first. paths: also the two that "ours" chooses from, each at every M."""
     from compress.kernels import dequant, w4a16
 
     name, bits = str(dtype).removeprefix("torch."), quantized_bits(p)
-    copies = timing.rotating_copies(w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), None))
-    pairs = (p.codes[:, 0::2] << 4 | p.codes[:, 1::2]).contiguous()
-    tiny = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-    scale_zero = torch.stack([p.scale.t(), torch.zeros_like(p.scale.t())], dim=-1).to(torch.bfloat16).contiguous()
-    rows = {
-        f"cuBLAS {name}": Contender.of(
-            dtype, timing.rotating_copies((p.dense(dtype),)), lambda w, x: F.linear(x, w[0]), "dense", 16
-        ),
-        "tinygemm bfloat16": Contender.of(
-            torch.bfloat16,
-            timing.rotating_copies((tiny, scale_zero)),
-            lambda w, x: torch.ops.aten._weight_int4pack_mm(x, w[0], p.group, w[1]),
-            "peer",
-            bits,
-        ),
-        f"ours {name}": Contender.of(dtype, copies, lambda w, x: auto_linear(x, w), "ours", bits),
-    }
+    copies = timing.rotating_copies(w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), zero_of(p)))
+    rows = dense_contenders(p, dtype)
+    if p.codes.is_cuda and p.group in TINYGEMM_GROUPS:
+        rows["tinygemm bfloat16"] = _tinygemm(p)
+    rows[f"ours {name}"] = Contender.of(dtype, copies, lambda w, x: auto_linear(x, w), "ours", bits)
     if paths:
         rows |= {
             f"  fused kernel {name}": Contender.of(dtype, copies, lambda w, x: w4a16.matmul(x, w), "path", bits),
@@ -91,6 +95,26 @@ def gpu_contenders(p: Problem, dtype: torch.dtype, paths: bool = False) -> dict[
             ),
         }
     return rows
+
+
+def _tinygemm(p: Problem) -> Contender:
+    """torch's own int4 matmul for GPUs: w = (code - 8) * scale + zero, scale and zero in bfloat16."""
+    pairs = (p.codes[:, 0::2] << 4 | p.codes[:, 1::2]).contiguous()
+    words = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+    offset = (8 - p.zero.float()) * p.scale
+    scale_zero = torch.stack([p.scale.t(), offset.t()], dim=-1).to(torch.bfloat16).contiguous()
+    return Contender.of(
+        torch.bfloat16,
+        timing.rotating_copies((words, scale_zero)),
+        lambda w, x: torch.ops.aten._weight_int4pack_mm(x, w[0], p.group, w[1]),
+        "peer",
+        quantized_bits(p),
+    )
+
+
+def _cpu_int4_takes(p: Problem) -> bool:
+    fits = p.bits == 4 and p.group in cpu_int4.GROUP_SIZES and p.n % 16 == 0
+    return fits and cpu_int4.has_op() and bool(cpu_int4.block_rows())
 
 
 def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
@@ -107,7 +131,7 @@ def cpu_contenders(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
             "path",
             bits,
         )
-        if p.bits == 4 and cpu_int4.has_op() and p.n % 16 == 0 and cpu_int4.block_rows():
+        if _cpu_int4_takes(p):
             packed = cpu_int4.pack(p.codes, p.scale, p.zero, dt)
             result[f"int4 op {name}"] = Contender.of(
                 dt, [packed], lambda w, x: cpu_int4.int4_matmul(x, w), "path", bits

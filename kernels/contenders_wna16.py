@@ -1,7 +1,7 @@
-"""What `bench --bits 8|3|2|w8a8` times on a GPU, as `contenders.gpu_contenders` is for 4 bits.
+"""What `bench` times on a GPU for weights of 8, 3 and 2 bits, as `contenders.gpu_contenders` does for 4.
 
-8, 3 and 2 bits: symmetric, group 128. w8a8: symmetric 8-bit weights with one scale a row, and activations rounded to 8
-bits a row, for which cuBLAS has an int8 matmul; rounding and scales are part of every time.
+int8: 8-bit weights with one scale a row, and activations rounded to 8 bits a row; rounding and scales are part of every
+time. Of symmetric ones cuBLAS has an int8 matmul.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.kernels import timing, w8a8, wna16, wna16_layout
 from compress.kernels.choose import Backend, choose_backend
-from compress.kernels.contenders import Contender, quantized_bits
+from compress.kernels.contenders import Contender, dense_contenders, quantized_bits, zero_of
 from compress.kernels.problem import Problem
 from compress.quant import QuantScheme
 
@@ -22,21 +22,26 @@ from compress.quant import QuantScheme
 MAX_ERROR_W8A8 = 0.03
 
 
-def gpu_contenders(p: Problem, dtype: torch.dtype, int8_activations: bool, paths: bool) -> dict[str, Contender]:
+def gpu_contenders(p: Problem, dtype: torch.dtype, int8: bool = False, paths: bool = False) -> dict[str, Contender]:
     """cuBLAS first: it is the baseline. paths: also the two that "ours" chooses from, each at every M."""
-    name = str(dtype).removeprefix("torch.")
-    dense = timing.rotating_copies((p.dense(dtype),))
-    rows = {f"cuBLAS {name}": Contender.of(dtype, dense, lambda w, x: F.linear(x, w[0]), "dense", 16)}
-    bits = quantized_bits(p)
-    if int8_activations:
-        int8 = timing.rotating_copies(w8a8.pack(p.codes, p.scale.to(dtype), None))
-        rows[f"int8 cuBLAS {name}"] = Contender.of(dtype, int8, _int8_cublas, "peer", bits)
-        rows[f"ours w8a8 {name}"] = Contender.of(dtype, int8, lambda w, x: w8a8.matmul(x, w), "ours", bits)
-        for contender in rows.values():
-            contender.max_error = MAX_ERROR_W8A8
-        return rows
-    packed = timing.rotating_copies(wna16_layout.pack(p.codes, p.scale.to(dtype), None, p.bits))
-    rows[f"ours w{p.bits}a16 {name}"] = Contender.of(dtype, packed, _auto_linear, "ours", bits)
+    return dense_contenders(p, dtype) | (_int8_rows(p, dtype) if int8 else _weight_only_rows(p, dtype, paths))
+
+
+def _int8_rows(p: Problem, dtype: torch.dtype) -> dict[str, Contender]:
+    name, bits = str(dtype).removeprefix("torch."), quantized_bits(p)
+    copies = timing.rotating_copies(w8a8.pack(p.codes, p.scale.to(dtype), zero_of(p)))
+    rows = {f"ours w8a8 {name}": Contender.of(dtype, copies, lambda w, x: w8a8.matmul(x, w), "ours", bits)}
+    if p.symmetric:
+        rows = {f"int8 cuBLAS {name}": Contender.of(dtype, copies, _int8_cublas, "peer", bits)} | rows
+    for contender in rows.values():
+        contender.max_error = MAX_ERROR_W8A8
+    return rows
+
+
+def _weight_only_rows(p: Problem, dtype: torch.dtype, paths: bool) -> dict[str, Contender]:
+    name, bits = str(dtype).removeprefix("torch."), quantized_bits(p)
+    packed = timing.rotating_copies(wna16_layout.pack(p.codes, p.scale.to(dtype), zero_of(p), p.bits))
+    rows = {f"ours w{p.bits}a16 {name}": Contender.of(dtype, packed, _auto_linear, "ours", bits)}
     if paths:
         rows |= {
             f"  fused kernel {name}": Contender.of(dtype, packed, lambda w, x: wna16.matmul(x, w), "path", bits),
@@ -46,7 +51,7 @@ def gpu_contenders(p: Problem, dtype: torch.dtype, int8_activations: bool, paths
 
 
 def _auto_linear(weight: Any, x: Tensor) -> Tensor:
-    """y = x W^T as QuantLinear computes it from a symmetric PackedWeight."""
+    """y = x W^T as QuantLinear computes it from a PackedWeight."""
     scheme = QuantScheme(bits=weight.bits, group_size=weight.group_size)
     if choose_backend("cuda", x.dtype, scheme, (weight.n, weight.k), x.shape[0]) is Backend.TRITON:
         return wna16.matmul(x, weight)

@@ -98,18 +98,18 @@ def normalise_gpu(name: str) -> str:
     return " ".join(bare.split())
 
 
-def scheme_label(bits: int, group_size: int, symmetric: bool, k: int) -> str:
-    """`w4g128 sym`; a group as long as a row is `w4 channel sym`, whatever K."""
+def scheme_label(bits: int, group_size: int, symmetric: bool, k: int, int8: bool = False) -> str:
+    """`w4g128 sym`; a group as long as a row is `w4 channel sym`, whatever K; with int8 activations, `w8a8 ...`."""
     where = f"g{group_size}" if group_size < k else " channel"
-    return f"w{bits}{where} {'sym' if symmetric else 'asym'}"
+    return f"w{bits}{'a8' if int8 else ''}{where} {'sym' if symmetric else 'asym'}"
 
 
-def parse_scheme(label: str, k: int) -> tuple[int, int, bool]:
-    """(bits, group size, symmetric) of a `scheme_label`."""
-    found = re.fullmatch(r"w(\d+)(?:g(\d+)| channel) (sym|asym)", label)
+def parse_scheme(label: str, k: int) -> tuple[int, int, bool, bool]:
+    """(bits, group size, symmetric, int8) of a `scheme_label`."""
+    found = re.fullmatch(r"w(\d)(a8)?(?:g(\d+)| channel) (sym|asym)", label)
     if found is None:
-        raise ConfigError(f"scheme {label!r} is not of the form 'w4g128 sym' or 'w4 channel asym'")
-    return int(found[1]), int(found[2] or k), found[3] == "sym"
+        raise ConfigError(f"scheme {label!r} is not of the form 'w4g128 sym', 'w4 channel asym' or 'w8a8 channel sym'")
+    return int(found[1]), int(found[3] or k), found[4] == "sym", bool(found[2])
 
 
 def nearest(key: Key, table: Table) -> tuple[Key, Entry] | None:
@@ -181,11 +181,19 @@ def triton_version() -> str:
 
 
 def key_of(
-    device: torch.device, dtype: torch.dtype, bits: int, group_size: int, symmetric: bool, n: int, k: int, m: int
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    n: int,
+    k: int,
+    m: int,
+    int8: bool = False,
 ) -> Key:
     """The key of x [m, k] of `dtype` on `device` and a weight [n, k]; a group_size of k or more is one scale a row."""
     name = str(dtype).removeprefix("torch.")
-    scheme = scheme_label(bits, group_size, symmetric, k)
+    scheme = scheme_label(bits, group_size, symmetric, k, int8)
     return Key(_gpu(device), triton_version(), name, scheme, n, k, m_bucket(m))
 
 
@@ -195,10 +203,18 @@ def _kept(*arguments: Any) -> Choice | None:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, bits: int, group_size: int, symmetric: bool, n: int, k: int, m: int
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    n: int,
+    k: int,
+    m: int,
+    int8: bool = False,
 ) -> Choice | None:
     """`lookup(key_of(...))`, kept. None: no table answers, and the caller's own rule decides."""
-    arguments = (device, dtype, bits, group_size, symmetric, n, k, m_bucket(m))
+    arguments = (device, dtype, bits, group_size, symmetric, n, k, m_bucket(m), int8)
     if search_enabled() and device.type == "cuda" and arguments not in _searched:
         _search_once(arguments)
     return _kept(*arguments)

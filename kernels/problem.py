@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from compress.errors import ConfigError
 from compress.kernels.reference import dequantize_weight
 
 GROUP = 128
 GUARD_ROWS = 128
 _BLOCK_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is compared or tuned: w4g128, w4g64-asym, w8-channel, w3g128, w8a8 (one scale a row), w8a8-asym.
+
+    group: inputs that share a scale; None: the whole row. int8: activations are rounded to 8 bits as well.
+    """
+
+    bits: int = 4
+    group: int | None = GROUP
+    symmetric: bool = True
+    int8: bool = False
+
+    @classmethod
+    def parse(cls, label: str) -> Scheme:
+        """The inverse of `label`.
+
+        Raises:
+            ConfigError: another text, or a group size that no kernel takes.
+        """
+        found = re.fullmatch(r"w([2348])(?:g(\d+)|(-channel)|(a8))(-asym)?", label)
+        if found is None or (found[4] and found[1] != "8"):
+            raise ConfigError(f"scheme {label!r} is none: they read w4g128, w4g64-asym, w8-channel, w3g128 or w8a8")
+        group = int(found[2]) if found[2] else None
+        if group is not None and (group == 0 or group % 32):
+            raise ConfigError(f"scheme {label!r}: the group size must be a multiple of 32, or -channel")
+        return cls(int(found[1]), group, not found[5], bool(found[4]))
+
+    @property
+    def label(self) -> str:
+        where = "a8" if self.int8 else ("-channel" if self.group is None else f"g{self.group}")
+        return f"w{self.bits}{where}{'' if self.symmetric else '-asym'}"
+
+    def problem(self, n: int, k: int, device: str) -> Problem:
+        return Problem(n, k, device, self.group or k, self.symmetric, self.bits)
+
+
+W4G128 = Scheme()
 
 
 class Problem:

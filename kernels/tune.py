@@ -1,13 +1,22 @@
-"""python -m compress.kernels.tune: time W4A16 kernels over their configurations and write tables for `dispatch`.
+"""python -m compress.kernels.tune: time kernels over their configurations and write tables for `dispatch`.
 
 Metric: microseconds a call as in `compress.kernels.bench`; a configuration whose relative error against float64 passes
-0.01 is reported as wrong. Kernels are compiled first, by several processes that share Triton's cache, because compiling
-takes far longer than timing and runs one kernel at a time in one process. Prints the best of each cell and what the
-kernel's own rule takes there; --out DIR keeps everything, --table DIR adds the best of each cell to the table of this
-GPU and Triton version there (`kernels/tables` is what is shipped).
+0.01 (0.03 with 8-bit activations) is reported as wrong. What takes long is bounded or shared out:
+
+    compiling   first, every distinct kernel once, by several processes that share Triton's cache
+    timing      each configuration of a cell by a short graph, one round of weight copies; then the FINALISTS fastest
+                by longer graphs, replayed in turns, so that a drifting clock does not choose
+    --budget-s  seconds of timing for the whole run; each cell gets an equal share of what is left, and tries
+                configurations in order of their distance from the kernel's own rule until it is spent
+
+Prints the best of each cell and what the rule takes there. After each shape --out DIR keeps everything, and --table DIR
+adds the best of each cell to the table of this GPU and Triton version (`kernels/tables` is what is shipped), by dtype
+and scheme: a run that is cut off keeps the shapes it finished.
+
+    python -m compress.kernels.tune --dtype float16,bfloat16 --out DIR --table kernels/tables
+    python -m compress.kernels.tune --schemes w8g128,w3g128,w2g128,w8a8 --shapes 4096x4096 --tokens 1,16 --budget-s 200
 
 `search` is the same for one key within a budget of seconds, for machines without a table (COMPRESS_KERNEL_SEARCH=1).
-A kernel takes part by its `Tunable` in TUNABLES.
 """
 
 from __future__ import annotations
@@ -16,167 +25,46 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from compress.atomic import write_json
 from compress.errors import ConfigError, EnvironmentProblem
-from compress.kernels import dispatch, table_file, timing, w4a16, w4a16_decode, w4a16_tiled
-from compress.kernels.bench import MAX_ERROR, describe_machine, one_line
+from compress.kernels import dispatch, table_file, timing
+from compress.kernels.bench import describe_machine, imports_left_out_of_collection, one_line
 from compress.kernels.bench_report import roofline_us
 from compress.kernels.choose import capability
-from compress.kernels.common import n_sms, shared_bytes
+from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Choice, Entry, Key
-from compress.kernels.problem import GROUP, Problem
+from compress.kernels.problem import Problem, Scheme
 from compress.kernels.reference import relative_error
+from compress.kernels.tunables import TUNABLES, Tunable, usable
 
 log = logging.getLogger(__name__)
 
 SEARCH_BUDGET_S = 10.0
+FINALISTS = 4
+_SHORT_MS, _SHORT_REPLAYS = 0.3, 3
+_FINAL_MS, _FINAL_REPLAYS = 2.0, 11
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """A kernel and the configurations worth trying.
-
-    grid(m): configurations that compile to different kernels. expand(m, n, k, config): those that differ in run-time
-    arguments only. default(m, n, k): the kernel's own rule, None where it does not take the shape.
-    """
-
-    name: str
-    config: type
-    grid: Callable[[int], Iterator[Any]]
-    expand: Callable[[int, int, int, Any], list[Any]]
-    default: Callable[[int, int, int], Any]
-    pack: Callable[[Problem, torch.dtype], Any]
-    launch: Callable[[torch.Tensor, Any, Any], torch.Tensor]
-    n_multiple: int = 1
-    k_multiple: int = 1
-    hopper: bool = False
-
-    def takes(self, n: int, k: int) -> bool:
-        return n % self.n_multiple == 0 and k % self.k_multiple == 0
+# -- one cell ---------------------------------------------------------------------------------------------
 
 
-def _w4a16_grid(m: int) -> Iterator[w4a16.Config]:
-    """Configurations worth timing at M = m, split_k excluded (it is a run-time argument of a compiled kernel)."""
-    if m <= 64:
-        block_m = max(16, 1 << (m - 1).bit_length())
-        for (block_n, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8)), (2, 3, 4)):
-            yield w4a16.Config(block_m, block_n, 1, warps, stages)
-        yield w4a16.Config(block_m, 64, 1, 4, 4, use_asm=False)
-        return
-    tiles = ((32, 128, 8), (64, 64, 4), (64, 128, 8), (64, 256, 8), (128, 64, 4), (128, 128, 8))
-    for (block_m, block_n, warps), stages in itertools.product(tiles, (2, 3, 4)):
-        yield w4a16.Config(block_m, block_n, 1, warps, stages)
-    yield w4a16.Config(128, 128, 1, 8, 3, use_asm=False)
-
-
-def _w4a16_splits(m: int, n: int, k: int, config: w4a16.Config) -> list[w4a16.Config]:
-    """split_k values worth timing: up to 8 programs a multiprocessor of a large GPU, two tiles of K each at least."""
-    programs = -(-n // config.block_n) * -(-m // config.block_m)
-    counts = [s for s in (1, 2, 4, 8, 16) if s == 1 or (s * programs <= 8 * 132 and 2 * s <= k // GROUP and m <= 256)]
-    return [replace(config, split_k=s) for s in counts]
-
-
-def _w4a16_default(m: int, n: int, k: int) -> w4a16.Config:
-    return w4a16.choose_config(
-        m, n, k, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    )
-
-
-def _w4a16_pack(p: Problem, dtype: torch.dtype) -> w4a16.KernelWeight:
-    return w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), None if p.symmetric else p.zero)
-
-
-W4A16 = Tunable(
-    name="w4a16",
-    config=w4a16.Config,
-    grid=_w4a16_grid,
-    expand=_w4a16_splits,
-    default=_w4a16_default,
-    pack=_w4a16_pack,
-    launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
-)
-
-
-def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
-    if m > 16:
-        return
-    block_m = 8 if m <= 8 else 16
-    for (block_n, warps), stages in itertools.product(
-        ((16, 8), (16, 4), (32, 8), (32, 4), (64, 4), (128, 4)), (2, 3, 4)
-    ):
-        if block_n * block_m * stages <= (2048 if m <= 8 else 1024):
-            yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
-
-
-DECODE = replace(
-    W4A16,
-    name="w4a16_decode",
-    config=w4a16_decode.DecodeConfig,
-    grid=_decode_grid,
-    expand=lambda m, n, k, config: [config],
-    default=lambda m, n, k: w4a16_decode.choose_config(m, n, k) if m <= 16 else None,
-    n_multiple=8,
-    k_multiple=128,
-    hopper=True,
-)
-
-
-# (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
-_TILES = {
-    16: ((64, 4, 3), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
-    32: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
-    64: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
-    128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
-    256: ((64, 4, 3), (128, 8, 3)),
-}
-
-
-def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
-    for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
-        for block_n, warps, stages in _TILES[block_m] if m > 8 else ():
-            yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
-
-
-def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
-    """split_k is compiled in (it decides how sums leave), but a smaller one always runs where a larger one does."""
-    return [replace(config, split_k=s) for s in (1, 2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
-
-
-def _tiled_default(m: int, n: int, k: int) -> w4a16_tiled.TiledConfig | None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    return w4a16_tiled.choose_config(m, n, k, n_sms(device), shared_bytes(device)) if m > 8 else None
-
-
-TILED = replace(
-    DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
-    default=_tiled_default, k_multiple=8,
-)  # fmt: skip
-
-
-TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED)}
-
-
-def usable(device_capability: tuple[int, int]) -> list[str]:
-    """Names of the kernels that `w4a16` would choose from on a GPU of this capability."""
-    return [name for name, t in TUNABLES.items() if t.hopper == (device_capability[0] == 9)]
-
-
-# -- the bounded search -----------------------------------------------------------------------------------
-
-
-def candidates(tunable: Tunable, m: int, n: int, k: int) -> list[Any]:
+def candidates(tunable: Tunable, m: int, n: int, k: int, weight: Any) -> list[Any]:
     """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
-    default = tunable.default(m, n, k)
-    every = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
+    default = tunable.default(m, weight)
+    every = [full for c in tunable.grid(m) if tunable.fits(weight, c) for full in tunable.expand(m, n, k, c)]
     if default is None:
         return every
     changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))
@@ -206,101 +94,168 @@ def best_within(
     return best
 
 
+@dataclass
+class Weights:
+    """One problem in one dtype: the copies that each kernel rotates over, packed when first asked for."""
+
+    p: Problem
+    dtype: torch.dtype
+    tunables: list[Tunable]
+    _packed: dict[Any, list[Any]] = field(default_factory=dict)
+
+    def copies(self, tunable: Tunable) -> list[Any]:
+        """Kernels of one layout share theirs."""
+        if tunable.pack not in self._packed:
+            self._packed[tunable.pack] = timing.rotating_copies(tunable.pack(self.p, self.dtype))
+        return self._packed[tunable.pack]
+
+    def candidates(self, m: int) -> list[tuple[Tunable, Any]]:
+        """Every kernel's candidates at M = m, the kernels in turns."""
+        n, k = self.p.n, self.p.k
+        every = [[(t, c) for c in candidates(t, m, n, k, self.copies(t)[0])] for t in self.tunables if t.takes(n, k)]
+        return [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
+
+
+def tune_cell(weights: Weights, x: Tensor, reference: Tensor, budget_s: float = math.inf) -> list[dict[str, Any]]:
+    """Every configuration that the budget allowed at x [M, K], the finalists first and the fastest of them ahead.
+
+    Each is {"kernel", "config", "us", "error", "problem", "rule", "final"}: us is None where it is wrong or cannot run,
+    rule says whether the kernel's own rule takes it, final whether it was timed in turns with the other finalists.
+    """
+    pairs = weights.candidates(x.shape[0])
+    cells: list[dict[str, Any]] = []
+
+    def measure(_: str, pair: tuple[Tunable, Any]) -> float | None:
+        tunable, config = pair
+        copies = weights.copies(tunable)
+        cell = {"kernel": tunable.name, "config": vars(config), "final": False}
+        cell["rule"] = config == tunable.default(x.shape[0], copies[0])
+        cells.append(cell | _short_time(tunable, copies, config, x, reference))
+        return cells[-1]["us"]
+
+    best_within(((tunable.name, (tunable, config)) for tunable, config in pairs), measure, budget_s)
+    right = sorted((i for i, c in enumerate(cells) if c["us"] is not None), key=lambda i: cells[i]["us"])[:FINALISTS]
+    captured = []
+    for i in right:
+        tunable, config = pairs[i]
+        call = _call(tunable, config, x)
+        captured.append(timing.capture(call, weights.copies(tunable), _FINAL_MS))
+    for i, samples in zip(right, timing.take_turns(captured, _FINAL_REPLAYS), strict=True):
+        cells[i] |= {"us": statistics.median(samples), "final": True}
+    return sorted(cells, key=lambda c: (not c["final"], c["us"] or math.inf))
+
+
+def _call(tunable: Tunable, config: Any, x: Tensor) -> Callable[[Any], Tensor]:
+    return lambda weight: tunable.launch(x, weight, config)
+
+
+def _short_time(tunable: Tunable, copies: list[Any], config: Any, x: Tensor, reference: Tensor) -> dict[str, Any]:
+    """{"us", "error", "problem"} of one configuration; us is None if it is wrong or cannot run."""
+    call = _call(tunable, config, x)
+    try:
+        error = relative_error(call(copies[-1]), reference)
+        if not error < tunable.max_error:
+            return {"us": None, "error": None, "problem": "wrong"}
+        us = timing.time_gpu(call, copies, graph_ms=_SHORT_MS, replays=_SHORT_REPLAYS)
+        return {"us": us, "error": error, "problem": None}
+    except Exception as problem:  # an invalid configuration is a result of the search: reported, not hidden
+        return {"us": None, "error": None, "problem": one_line(problem)}
+
+
+def _entry(cell: dict[str, Any]) -> Entry:
+    tunable = TUNABLES[cell["kernel"]]
+    return Entry(Choice(tunable.name, cell["config"]), cell["us"], tunable.n_multiple, tunable.k_multiple)
+
+
+# -- the bounded search -----------------------------------------------------------------------------------
+
+
 def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) -> Choice | None:
     """Time configurations for `key` on this GPU for about `budget_s` and keep the fastest in this machine's table.
 
     Takes memory for weights of that shape, 256 MB or two copies, while it lasts. None if nothing ran right.
     """
-    bits, group, symmetric = dispatch.parse_scheme(key.scheme, key.k)
-    if bits != 4:
-        raise ConfigError(f"scheme {key.scheme}: only 4-bit kernels can be searched")
+    bits, group, symmetric, int8 = dispatch.parse_scheme(key.scheme, key.k)
     log.info("searching a kernel configuration for %s, about %.0f s", key, budget_s)
     dtype = getattr(torch, key.dtype)
     with torch.cuda.device(device):
-        p = Problem(key.n, key.k, "cuda", group, symmetric)
-        x32 = p.x(key.m)
-        reference, x = p.reference(x32), x32.to(dtype)
-        packed: dict[str, list[Any]] = {}
-
-        def measure(kernel: str, config: Any) -> float | None:
-            tunable = TUNABLES[kernel]
-            if kernel not in packed:
-                packed[kernel] = timing.rotating_copies(tunable.pack(p, dtype))
-            return _cell(tunable, packed[kernel], config, x, reference)["us"]
-
-        tunables = [TUNABLES[name] for name in usable(capability(device)) if TUNABLES[name].takes(key.n, key.k)]
-        every = [[(t.name, c) for c in candidates(t, key.m, key.n, key.k)] for t in tunables]
-        in_turn = [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
-        found = best_within(in_turn, measure, budget_s)
-    if found is None:
+        p = Problem(key.n, key.k, "cuda", group, symmetric, bits)
+        x = p.x(key.m)
+        names = usable(capability(device), Scheme(bits, group, symmetric, int8))
+        weights = Weights(p, dtype, [TUNABLES[name] for name in names])
+        best = tune_cell(weights, x.to(dtype), p.reference(x), budget_s)[:1]
+    if not best or best[0]["us"] is None:
         log.warning("no kernel configuration ran right for %s; the kernel's own rule stays", key)
         return None
-    entry = _entry(*found)
+    entry = _entry(best[0])
     table_file.remember({key: entry}, {"made_by": "search", "gpu": torch.cuda.get_device_name(device)})
     dispatch.forget()
     return entry.choice
 
 
-def _entry(kernel: str, config: Any, us: float) -> Entry:
-    tunable = TUNABLES[kernel]
-    return Entry(Choice(kernel, vars(config)), us, tunable.n_multiple, tunable.k_multiple)
-
-
-def _cell(tunable: Tunable, copies: list[Any], config: Any, x: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
-    """{"us", "error", "problem"} of one configuration; us is None if it is wrong or cannot run."""
-
-    def call(weight: Any) -> torch.Tensor:
-        return tunable.launch(x, weight, config)
-
-    try:
-        error = relative_error(call(copies[-1]), reference)
-        if not error < MAX_ERROR:
-            return {"us": None, "error": None, "problem": "wrong"}
-        return {"us": timing.time_gpu(call, copies, graph_ms=1.5, replays=5), "error": error, "problem": None}
-    except Exception as problem:  # an invalid configuration is a result of the search: reported, not hidden
-        return {"us": None, "error": None, "problem": one_line(problem)}
-
-
 # -- the full grid ----------------------------------------------------------------------------------------
 
+Task = tuple[str, Any, int, str, str, int]  # kernel, configuration, M, dtype, scheme, K
 
-def _compile(task: tuple[str, Any, int, str]) -> None:
+
+def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -> list[Task]:
+    """One task for each kernel to compile. Configurations recur at several M: the smallest allows the most splits.
+
+    One group a row is a constant of the kernel, so those are compiled for each K.
+    """
+    tasks: dict[tuple[Any, ...], Task] = {}
+    for label, tunables in schemes.items():
+        depths = {4096} if Scheme.parse(label).group else {k for _, k in args.shapes}
+        for tunable, dtype, k, m in itertools.product(tunables, args.dtypes, sorted(depths), sorted(args.ms)):
+            for config in tunable.grid(m):
+                tasks.setdefault((tunable.name, config, dtype, label, k), (tunable.name, config, m, dtype, label, k))
+    return list(tasks.values())
+
+
+def _compile(task: Task) -> None:
     """Compile one kernel into Triton's disk cache by running it on a small problem with the same specialization."""
-    kernel, config, m, dtype_name = task
-    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Problem(512, 4096, "cuda")
+    kernel, config, m, dtype_name, label, k = task
+    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label).problem(512, k, "cuda")
     weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-    for full in tunable.expand(m, p.n, p.k, config):
+    for full in tunable.expand(m, p.n, p.k, config) if tunable.fits(weight, config) else ():
         try:
             tunable.launch(x, weight, full)
             torch.cuda.synchronize()
-        except Exception as problem:  # `tune_shape` meets it again, and there it is recorded
+        except Exception as problem:  # `tune_cell` meets it again, and there it is recorded
             log.info("%s %s: %s", kernel, full, one_line(problem))
 
 
-def tune_shape(n: int, k: int, ms: list[int], tunables: list[Tunable], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Every configuration at [n, k], fastest first for each M."""
-    p = Problem(n, k, "cuda")
+def tune_shape(
+    p: Problem,
+    scheme: Scheme,
+    tunables: list[Tunable],
+    args: argparse.Namespace,
+    share_s: Callable[[], float],
+    show: Callable[[dict[str, Any], list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Cells of one weight in every dtype and at every M. share_s: seconds that the next cell may take."""
     results = []
-    for tunable in (t for t in tunables if t.takes(n, k)):
-        copies = timing.rotating_copies(tunable.pack(p, dtype))
-        for m in ms:
-            x32 = p.x(m)
-            reference, x = p.reference(x32), x32.to(dtype)
-            for config in candidates(tunable, m, n, k):
-                place = {"n": n, "k": k, "m": m, "kernel": tunable.name, "config": vars(config)}
-                results.append(place | _cell(tunable, copies, config, x, reference))
-    return sorted(results, key=lambda c: (c["m"], c["us"] or float("inf")))
+    packed = {dtype: Weights(p, getattr(torch, dtype), tunables) for dtype in args.dtypes}
+    for m in args.ms:
+        x = p.x(m)
+        reference = p.reference(x)
+        for dtype, weights in packed.items():
+            place = {"scheme": scheme.label, "dtype": dtype, "n": p.n, "k": p.k, "m": m}
+            found = tune_cell(weights, x.to(weights.dtype), reference, share_s())
+            show(place, found)
+            results += [place | cell for cell in found]
+    return results
 
 
-def entries_of(cells: list[dict[str, Any]], gpu: str, triton: str, dtype: str) -> dict[Key, Entry]:
-    """The fastest right configuration of each cell whose M is a bucket, as a table."""
+def entries_of(cells: list[dict[str, Any]], gpu: str, triton: str) -> dict[Key, Entry]:
+    """The fastest finalist of each cell whose M is a bucket, as a table."""
     found: dict[Key, Entry] = {}
     for cell in cells:
-        scheme = dispatch.scheme_label(4, GROUP, True, cell["k"])
-        key = Key(gpu, triton, dtype, scheme, cell["n"], cell["k"], cell["m"])
-        if cell["us"] is not None and dispatch.m_bucket(key.m) == key.m:
-            tunable = TUNABLES[cell["kernel"]]
-            entry = Entry(Choice(tunable.name, cell["config"]), cell["us"], tunable.n_multiple, tunable.k_multiple)
+        scheme, n, k = Scheme.parse(cell["scheme"]), cell["n"], cell["k"]
+        label = dispatch.scheme_label(scheme.bits, scheme.group or k, scheme.symmetric, k, scheme.int8)
+        key = Key(gpu, triton, cell["dtype"], label, n, k, cell["m"])
+        if cell["final"] and dispatch.m_bucket(key.m) == key.m:
+            entry = _entry(cell)
             if key not in found or entry.us < found[key].us:
                 found[key] = entry
     return found
@@ -314,16 +269,15 @@ def add_to_table(directory: Path, found: dict[Key, Entry], about: dict[str, Any]
     return path
 
 
-def _print_cell(n: int, k: int, m: int, here: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+def print_cell(place: dict[str, Any], here: list[dict[str, Any]], roof_us: float) -> None:
+    """The finalists, and what each kernel's own rule takes."""
     failed = [c for c in here if c["us"] is None]
-    print(f"N={n} K={k} M={m}: roof {roofline_us(m, n, k, machine):.1f} us, {len(here)} tried, {len(failed)} not right")
-    rules = {t.name: t.default(m, n, k) for t in TUNABLES.values() if t.takes(n, k)}
-    for i, c in enumerate(c for c in here if c["us"] is not None):
-        rule = rules[c["kernel"]]
-        own = rule is not None and c["config"] == vars(rule)
-        if i < 4 or own:
+    where = "N={n} K={k} M={m} {scheme} {dtype}".format(**place)
+    print(f"{where}: roof {roof_us:.1f} us, {len(here)} tried, {len(failed)} not right", flush=True)
+    for c in here:
+        if c["final"] or (c["rule"] and c["us"] is not None):
             what = " ".join(f"{name} {int(value)}" for name, value in c["config"].items())
-            print(f"   {c['us']:8.1f}  {c['kernel']}: {what} err {c['error']:.1e}" + (" <- rule" if own else ""))
+            print(f"   {c['us']:8.1f}  {c['kernel']}: {what} err {c['error']:.1e}" + (" <- rule" * c["rule"]))
     for c in failed[:2]:
         print(f"   {c['kernel']} {c['config']}: {c['problem']}")
 
@@ -331,21 +285,41 @@ def _print_cell(n: int, k: int, m: int, here: list[dict[str, Any]], machine: dic
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="4096x4096,6144x4096,28672x4096,4096x14336,57344x8192")
-    parser.add_argument("--ms", default="1,4,8,16,32,64,128,256,512,1024,4096")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument(
+        "--tokens", "--ms", dest="ms", default="1,4,8,16,32,64,128,256,512,1024,4096", help="values of M"
+    )
+    parser.add_argument("--dtype", dest="dtypes", default="float16", help="float16, bfloat16 or both, with a comma")
+    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8")
     parser.add_argument(
         "--kernels", help=f"comma list of {', '.join(TUNABLES)} (default: those that this GPU would use)"
     )
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, help="directory for tune_<dtype>.json, every figure")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds of timing, all cells together")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--out", type=Path, help="directory for tune_<dtypes>_<schemes>.json, every figure")
     parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")
     args = parser.parse_args(argv)
     args.ms = [int(m) for m in args.ms.split(",")]
     args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in args.shapes.split(","))]
+    args.dtypes, args.schemes = args.dtypes.split(","), args.schemes.split(",")
     args.kernels = args.kernels.split(",") if args.kernels else []
     if unknown := [name for name in args.kernels if name not in TUNABLES]:
         parser.error(f"--kernels {','.join(unknown)}: known are {', '.join(TUNABLES)}")
+    if unknown := [name for name in args.dtypes if name not in ("float16", "bfloat16")]:
+        parser.error(f"--dtype {','.join(unknown)}: known are float16 and bfloat16")
+    try:
+        parsed = [Scheme.parse(label) for label in args.schemes]
+    except ConfigError as problem:
+        parser.error(f"--schemes: {problem}")
+    for scheme, (n, k) in itertools.product(parsed, args.shapes):
+        if k % (scheme.group or k):
+            parser.error(f"shape {n}x{k}: K must be a multiple of the group of {scheme.label}")
     return args
+
+
+def kernels_for(scheme: Scheme, named: list[str]) -> list[Tunable]:
+    """Those that were named and compute the scheme; without names those that this GPU chooses from."""
+    names = named or usable(torch.cuda.get_device_capability(), scheme)
+    return [TUNABLES[name] for name in names if TUNABLES[name].computes(scheme)]
 
 
 @torch.no_grad()
@@ -353,33 +327,58 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
-    args.kernels = args.kernels or usable(torch.cuda.get_device_capability())
-    began = time.time()
-    tasks = [
-        (name, config, m, args.dtype) for name in args.kernels for m in args.ms for config in TUNABLES[name].grid(m)
-    ]
+    schemes = {label: kernels_for(Scheme.parse(label), args.kernels) for label in args.schemes}
+    began, tasks = time.monotonic(), compile_tasks(schemes, args)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         pool.map(_compile, tasks, chunksize=1)
-    print(f"compiled {len(tasks)} kernels in {time.time() - began:.0f} s")
+    print(f"compiled for {len(tasks)} configurations in {time.monotonic() - began:.0f} s", flush=True)
     machine = describe_machine("cuda")
     print(json.dumps(machine))
-    tunables, dtype = [TUNABLES[name] for name in args.kernels], getattr(torch, args.dtype)
+    with imports_left_out_of_collection():
+        time_all(schemes, args, machine)
+
+
+def time_all(schemes: dict[str, list[Tunable]], args: argparse.Namespace, machine: dict[str, Any]) -> None:
+    """Every shape of every scheme; files are written after each."""
     cells: list[dict[str, Any]] = []
-    for n, k in args.shapes:
-        found = tune_shape(n, k, args.ms, tunables, dtype)
-        cells += found
-        for m in args.ms:
-            _print_cell(n, k, m, [c for c in found if c["m"] == m], machine)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"metric": "us_per_call", "machine": machine, "cells": cells}, indent=1)
-            (args.out / f"tune_{args.dtype}.json").write_text(text + "\n")
+    began, done = time.monotonic(), 0
+    every = len(schemes) * len(args.shapes) * len(args.ms) * len(args.dtypes)
+
+    def share_s() -> float:
+        nonlocal done
+        done += 1
+        return (args.budget_s - (time.monotonic() - began)) / (every - done + 1)
+
+    for (label, tunables), (n, k) in itertools.product(schemes.items(), args.shapes):
+        scheme = Scheme.parse(label)
+        p = scheme.problem(n, k, "cuda")
+        bits = quantized_bits(p)
+
+        def show(
+            place: dict[str, Any], found: list[dict[str, Any]], bits: float = bits, int8: bool = scheme.int8
+        ) -> None:
+            print_cell(place, found, roofline_us(place["m"], place["n"], place["k"], machine, bits, int8))
+
+        cells += tune_shape(p, scheme, tunables, args, share_s, show)
+        keep(cells, args, machine)
+    print(f"timed {len(cells)} configurations of {every} cells in {time.monotonic() - began:.0f} s")
+
+
+def keep(cells: list[dict[str, Any]], args: argparse.Namespace, machine: dict[str, Any]) -> None:
+    """Figures so far and the table.
+
+    Raises:
+        EnvironmentProblem: a table is asked for and no configuration ran right.
+    """
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"tune_{'_'.join(args.dtypes + args.schemes)}.json"
+        write_json(path, {"metric": "us_per_call", "machine": machine, "cells": cells})
     if args.table:
-        gpu = dispatch.normalise_gpu(machine["device"])
-        entries = entries_of(cells, gpu, dispatch.triton_version(), args.dtype)
+        entries = entries_of(cells, dispatch.normalise_gpu(machine["device"]), dispatch.triton_version())
         if not entries:
             raise EnvironmentProblem("no configuration ran right, so there is no table to write; see the figures above")
-        print(f"written: {add_to_table(args.table, entries, {'made_by': 'tune', 'machine': machine})}")
+        print(f"written: {add_to_table(args.table, entries, {'made_by': 'tune', 'machine': machine})}", flush=True)
 
 
 if __name__ == "__main__":

@@ -200,13 +200,14 @@ def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     common.check_operands(x, words, scale, zero, bias, group_size)
 
 
-def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None) -> Tensor:
+def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype; float32 accumulation. Twin: `reference.w4a16_linear`.
 
     Args:
         x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
         bias: [N] or None.
         config: a Config, DecodeConfig or TiledConfig instead of the measured choice.
+        pdl: programmatic dependent launch of the Hopper kernels (`pdl`); the portable kernel has none.
 
     Raises:
         ConfigError: a dtype, shape, stride or device that does not fit.
@@ -222,7 +223,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
     from compress.kernels import w4a16_decode, w4a16_tiled
 
     kernel = w4a16_decode if isinstance(config, w4a16_decode.DecodeConfig) else w4a16_tiled
-    return kernel.launch(x, weight, bias, config)
+    return kernel.launch(x, weight, bias, config, pdl)
 
 
 def configuration(x: Tensor, weight: KernelWeight) -> Any:
@@ -270,26 +271,26 @@ def _launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: Config
 
 torch.library.define(
     "compress::w4a16",
-    "(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int group_size) -> Tensor",
+    "(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int group_size, bool pdl=True) -> Tensor",
 )
 
 
 @torch.library.impl("compress::w4a16", ["CUDA", "CPU"])
 def _w4a16_impl(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int, pdl: bool = True
 ) -> Tensor:
-    return launch(x, KernelWeight(words, scale, zero, words.shape[1], x.shape[1], group_size), bias)
+    return launch(x, KernelWeight(words, scale, zero, words.shape[1], x.shape[1], group_size), bias, pdl=pdl)
 
 
 @torch.library.register_fake("compress::w4a16")
 def _w4a16_fake(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int, pdl: bool = True
 ) -> Tensor:
     return x.new_empty(x.shape[0], words.shape[1])
 
 
-def matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, pdl: bool = True) -> Tensor:
     """`launch` as the PyTorch operator `compress::w4a16`, which torch.compile and CUDA graphs take as it is."""
     if x.shape[-1] != weight.k:
         raise ConfigError(f"x is {tuple(x.shape)}, but the weight has K={weight.k}")
-    return torch.ops.compress.w4a16(x, weight.words, weight.scale, weight.zero, bias, weight.group_size)
+    return torch.ops.compress.w4a16(x, weight.words, weight.scale, weight.zero, bias, weight.group_size, pdl)

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import ConfigError
-from compress.kernels import common
+from compress.kernels import common, dispatch
 from compress.kernels.common import load_column, tile_of_program
 from compress.kernels.reference import dequantize_weight
 
@@ -220,6 +220,15 @@ def choose_config(m: int, n: int, k: int, sms: int, shared_bytes: int) -> Config
     return Config(block_m, block_n, 1 << (split.bit_length() - 1), warps, stages)
 
 
+def configuration(x: Tensor, weight: Int8Weight) -> Config:
+    """The measured choice for this GPU, scheme and shape, or `choose_config` where no table answers."""
+    m, n, k, choice = x.shape[0], weight.n, weight.k, None
+    if x.is_cuda:
+        choice = dispatch.choose(x.device, x.dtype, 8, weight.group_size, weight.zero is None, n, k, m, int8=True)
+    rule = choose_config(m, n, k, common.n_sms(x.device), common.shared_bytes(x.device))
+    return dispatch.as_config(choice, "w8a8", Config) or rule
+
+
 def quantize_rows(x: Tensor, kp: int, span: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """x float [M, K] -> codes int8 [M, kp], 0 beyond K; scale float32 [M]; with span also sums int32 [kp / span, M]."""
     m, k = x.shape
@@ -253,7 +262,7 @@ def launch(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, config: Co
     Args:
         x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
         bias: [N] or None.
-        config: overrides `choose_config`.
+        config: instead of the measured choice (`configuration`).
 
     Raises:
         ConfigError: a dtype, shape, stride or device that does not fit.
@@ -264,7 +273,7 @@ def launch(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, config: Co
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    config = config or choose_config(m, n, weight.k, common.n_sms(x.device), common.shared_bytes(x.device))
+    config = config or configuration(x, weight)
     block_k = math.gcd(weight.group_size, TILE_K)
     codes, x_scale, sums = quantize_rows(x, kp, None if weight.zero is None else block_k)
     tiles = kp // block_k

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import ConfigError
-from compress.kernels import common, wna16_layout
+from compress.kernels import common, dispatch, wna16_layout
 from compress.kernels.common import load_column, tile_of_program
 from compress.kernels.wna16_layout import PackedWeight, decode_slice, slice_k
 
@@ -159,6 +159,16 @@ def choose_config(weight: PackedWeight, m: int, sms: int, shared_bytes: int) -> 
     return Config(block_m, block_n, 1 << (split.bit_length() - 1), warps, stages)
 
 
+def configuration(x: Tensor, weight: PackedWeight) -> Config:
+    """The measured choice for this GPU, scheme and shape, or `choose_config` where no table answers."""
+    m, n, k, choice = x.shape[0], weight.n, weight.k, None
+    if x.is_cuda:
+        symmetric = weight.zero is None
+        choice = dispatch.choose(x.device, x.dtype, weight.bits, weight.group_size, symmetric, n, k, m)
+    rule = choose_config(weight, m, common.n_sms(x.device), common.shared_bytes(x.device))
+    return dispatch.as_config(choice, "wna16", Config) or rule
+
+
 def _check_weight(kernel: str, weight: PackedWeight, device: torch.device) -> None:
     common.check_device(kernel, device)
     problem = wna16_layout.layout_problem(weight.words, weight.bits, weight.k)
@@ -172,7 +182,7 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
     Args:
         x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
         bias: [N] or None.
-        config: overrides `choose_config`.
+        config: instead of the measured choice (`configuration`).
 
     Raises:
         ConfigError: a dtype, shape, stride or device that does not fit.
@@ -186,7 +196,7 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    config = config or choose_config(weight, m, common.n_sms(x.device), common.shared_bytes(x.device))
+    config = config or configuration(x, weight)
     tiles, size = words.shape[0], slice_k(words, bits)
     per_split = -(-tiles // config.split_k)
     split = -(-tiles // per_split)

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
-from compress.errors import EnvironmentProblem  # noqa: E402
+from compress.errors import ConfigError, EnvironmentProblem  # noqa: E402
 from compress.kernels import (  # noqa: E402
     bench,
     bench_plot,
@@ -35,7 +36,7 @@ from compress.kernels import (  # noqa: E402
 )
 from compress.kernels.choose import Backend  # noqa: E402
 from compress.kernels.contenders import Contender  # noqa: E402
-from compress.kernels.problem import Problem, guarded  # noqa: E402
+from compress.kernels.problem import Problem, Scheme, guarded  # noqa: E402
 from compress.kernels.reference import relative_error, w4a16_linear  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,28 @@ def test_activations_lie_between_rows_of_nan() -> None:
     assert inner.is_contiguous() and torch.equal(inner, x.half())
     rows = inner.as_strided((problem.GUARD_ROWS * 2 + 3, 128), (128, 1), 0)
     assert torch.isnan(rows[: problem.GUARD_ROWS]).all() and torch.isnan(rows[problem.GUARD_ROWS + 3 :]).all()
+
+
+SCHEMES = ["w4g128", "w4g32", "w4g64-asym", "w4-channel", "w4-channel-asym", "w8g128", "w8g32-asym", "w3g64",
+           "w2-channel-asym", "w8a8", "w8a8-asym"]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", SCHEMES)
+def test_schemes_are_read_back(label: str) -> None:
+    """Oracle: `label` inverts `parse`; the problem's own numbers."""
+    scheme = Scheme.parse(label)
+    assert scheme.label == label
+    p = scheme.problem(8, 256, "cpu")
+    assert p.codes.max() == 2 ** int(label[1]) - 1 and p.scale.shape == (8, 256 // p.group)
+    assert p.group == (256 if "channel" in label or "a8" in label else int(label.partition("g")[2].split("-")[0]))
+    assert p.symmetric == ("asym" not in label) == bool((p.zero == 2 ** (p.bits - 1)).all())
+
+
+@pytest.mark.parametrize("label", ["w4", "w5g128", "w4a8", "w4g0", "w4g48", "4g128", "w8a8g32", "w4g128 asym"])
+def test_other_texts_are_no_schemes(label: str) -> None:
+    """Oracle: a ConfigError that quotes the text."""
+    with pytest.raises(ConfigError, match=label):
+        Scheme.parse(label)
 
 
 # -- timing -----------------------------------------------------------------------------------------------
@@ -375,6 +398,31 @@ for c in module.PEERS:
     ], done.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("label", SCHEMES)
+def test_contenders_of_every_scheme_compute_the_problem(graphs: None, label: str, dtype: torch.dtype) -> None:
+    """Oracle: the float64 product, through the checks of `measure_m`: first call, last copy, the graph on fresh x.
+    cuBLAS in float16 comes first; on a CPU the kernels run in Triton's interpreter."""
+    scheme, name = Scheme.parse(label), str(dtype).removeprefix("torch.")
+    p = scheme.problem(32, 256, DEVICE)
+    args = Namespace(device="cuda", dtype=dtype, paths=True, ms=[3])
+    rows = bench.contenders_of(p, scheme, args, {}, {})
+    rows.pop("tinygemm bfloat16", None)  # GPUs alone have it
+    for contender in rows.values():
+        del contender.weights[2:]
+    cells = bench.measure_m(p, 3, rows, 0.01, True)
+    assert next(iter(cells)) == "cuBLAS float16" and f"cuBLAS {name}" in cells
+    ours = f"ours {name}" if scheme.bits == 4 else f"ours {'w8a8' if scheme.int8 else f'w{scheme.bits}a16'} {name}"
+    assert (f"int8 cuBLAS {name}" in cells) == (label == "w8a8")
+    assert ("  fused kernel " + name in cells) == (not scheme.int8) and ours in cells
+    for what, cell in cells.items():
+        bound = 0.03 if scheme.int8 and "cuBLAS f" not in what and "cuBLAS b" not in what else 0.01
+        assert cell["us"] == 2.0 and 0 < cell["error"] < bound, (what, cell)
+    bits = contenders.quantized_bits(p)
+    assert rows[ours].weight_bits == bits
+    assert bits == scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / p.group
+
+
 # -- reports ----------------------------------------------------------------------------------------------
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "copy_TB_per_s": 3.0,
@@ -388,7 +436,7 @@ def record_of(times: dict[str, list[float | None]], kinds: dict[str, str]) -> di
          "variant": "", "error": 2e-4, "us": us, "problem": None if us else "ValueError: no"}
         for what, pair in times.items() for m, us in zip((1, 4096), pair, strict=True)
     ]  # fmt: skip
-    return {"metric": "us_per_call", "group": 128, "dtype": "float16", "machine": MACHINE, "cells": cells,
+    return {"metric": "us_per_call", "scheme": "w4g128", "dtype": "float16", "machine": MACHINE, "cells": cells,
             "peers": {"gemlite": "not installed"}, "problems": {"gemlite": "not installed"},
             "baseline_drift": {"median": 0.004, "worst": 0.021}}  # fmt: skip
 
@@ -419,9 +467,10 @@ def test_markdown_holds_the_command_the_machine_and_every_cell() -> None:
     for part in ("H100 80GB HBM3, torch 2.11.0", "triton 3.6.0", "copy 3.00 TB/s", "matmul 750 TFLOP/s", "2.1% worst"):
         assert part in about
     assert "| 4096 x 4096 | roofline | 2.9 | 183.3 |" in lines
-    assert "|  | cuBLAS float16 | 15.0 | 200.0 |" in lines
-    assert "|  | humming-kernels float16 | 9.0 | raised |" in lines
-    assert "|  | **ours float16** | 5.0 | 250.0 |" in lines
+    assert "w4g128, float16: microseconds a call, and how many times as fast as cuBLAS float16." in about
+    assert "|  | cuBLAS float16 | 15.0 1.00x | 200.0 1.00x |" in lines
+    assert "|  | humming-kernels float16 | 9.0 1.67x | raised |" in lines
+    assert "|  | **ours float16** | 5.0 3.00x | 250.0 0.80x |" in lines
     assert "|  | x faster than the fastest peer | 1.20 (tinygemm) | 18.00 (tinygemm) |" in lines
     assert lines[-1] == "gemlite: not installed"
 
@@ -466,17 +515,38 @@ def test_a_run_on_the_cpu_prints_a_table_and_one_json_line_and_keeps_both(
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
     assert record == json.loads((tmp_path / "bench_kernels_cpu_bfloat16.json").read_text())
-    assert any("N=32 K=128, microseconds (relative error)" in line for line in lines)
+    assert any("N=32 K=128, w4g128: microseconds, times as fast as F.linear float32 (" in line for line in lines)
     assert record["metric"] == "us_per_call" and {c["m"] for c in record["cells"]} == {1, 3}
     for cell in record["cells"]:
         assert 0 < cell["us"] == cell["us_min"] <= cell["us_p50"] <= cell["us_p95"] and 0 < cell["error"] < 0.01
     assert "| 32 x 128 | F.linear float32 |" in (tmp_path / "bench_kernels_cpu_bfloat16.md").read_text()
 
 
+def test_each_scheme_has_its_table_and_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the schemes asked for, one JSON line and two files each; rooflines would be told apart likewise."""
+    schemes = ["w4g128", "w4g32-asym", "w3-channel"]
+    arguments = ["--device", "cpu", "--shapes", "32x128", "--ms", "2", "--budget-s", "0.001", "--out", str(tmp_path)]
+    bench.main([*arguments, "--schemes", ",".join(schemes)])
+    lines = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith('{"metric"')]
+    assert [r["scheme"] for r in records] == schemes
+    assert [(r["bits"], r["group"], r["symmetric"]) for r in records] == [
+        (4, 128, True), (4, 32, False), (3, "channel", True)]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"bench_kernels_cpu_bfloat16{suffix}.{kind}"
+        for suffix in ("", "_w4g32-asym", "_w3-channel") for kind in ("json", "md")
+    )  # fmt: skip
+    assert all(c["us"] and c["error"] < 0.01 for r in records for c in r["cells"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--shapes", "64x100"], "K must be a multiple of 128"),
+        (["--shapes", "64x128", "--schemes", "w4g32,w8g256"], "and of the group of w8g256"),
+        (["--schemes", "w4"], "they read w4g128"),
+        (["--schemes", "w4g48"], "multiple of 32"),
+        (["--device", "cpu", "--schemes", "w8a8"], "w8a8 needs a GPU"),
         (["--device", "cuda", "--peers", "marlin"], "known are gemlite, humming-kernels"),
         (["--device", "cpu", "--roofline", "a.png"], "needs the ceilings of a GPU"),
         (["--device", "cuda", "--roofline", "a.pdf"], "must be one of .html, .png, .svg"),
@@ -504,8 +574,13 @@ def test_graph_timing_of_a_known_kernel() -> None:
 @pytest.mark.gpu
 def test_bench_on_the_gpu_times_every_path(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: every contender of this project and of torch is right and takes longer than a launch."""
-    bench.main(["--device", "cuda", "--shapes", "1024x1024", "--ms", "1,64,1024", "--peers", "none", "--paths"])
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {c["kind"] for c in record["cells"]} == {"dense", "peer", "ours", "path"}
-    assert all(c["us"] > 0.5 and c["error"] < 0.01 for c in record["cells"])
-    assert record["baseline_drift"]["worst"] < 1
+    for dtype, schemes in (("float16", "w4g128"), ("bfloat16", "w4g64-asym,w8g128,w3g128,w2g128,w8a8")):
+        bench.main(["--device", "cuda", "--shapes", "1024x1024", "--ms", "1,64,1024", "--peers", "none", "--paths",
+                    "--dtype", dtype, "--schemes", schemes])  # fmt: skip
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"metric"')]
+        assert len(lines) == len(schemes.split(","))
+        for record in map(json.loads, lines):
+            four = record["scheme"].startswith("w4")
+            assert {c["kind"] for c in record["cells"]} >= ({"dense", "peer", "ours", "path"} if four else {"ours"})
+            assert all(c["us"] > 0.5 and c["error"] < 0.03 for c in record["cells"] if c["kind"] != "peer")
+            assert record["baseline_drift"]["worst"] < 1

@@ -146,6 +146,25 @@ def test_a_step_of_kernels() -> None:
     check_steps(model, Decoder(weights, 3, CAPACITY, use_kernels=True), 1e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 3, 2])
+def test_other_widths_are_fused_and_multiplied_by_their_own_kernel(bits: int) -> None:
+    """Oracle: transformers around the same layers, which compute each by itself; beside them a k of other bits that no
+    neighbour joins. On a CPU the products run in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = fresh("qwen2").half().to(device)
+    widths = dict.fromkeys(("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), bits)
+    quantize_linears(model, Backend.TRITON, torch.float16, widths | {"k_proj": 4 if bits == 8 else 8})
+    weights = read_model(model)
+    layer = weights.layers[0]
+    assert [type(p.weight).__name__ for p in layer.qkv.parts if isinstance(p, Packed)] == (
+        ["PackedWeight", "KernelWeight", "PackedWeight"] if bits == 8 else ["PackedWeight"] * 3
+    )
+    assert len(layer.gate_up.parts) == 1 and layer.gate_up.interleaved
+    decoder = Decoder(weights, 2, CAPACITY, use_kernels=False)
+    check_steps(model, decoder, 1e-2)
+    assert not Decoder(weights, 2, CAPACITY, use_kernels=True).fused
+
+
 def test_products_that_do_their_neighbours_work() -> None:
     """Oracle: transformers around the same layers in float16, and the launches apart from each other, on the twins."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,6 +176,25 @@ def test_products_that_do_their_neighbours_work() -> None:
     check_steps(model, decoder, 1e-2)
     decoder.fused = True
     check_steps(model, decoder, 1e-2)
+
+
+@pytest.mark.parametrize("use_pdl", [False, True], ids=["plain", "pdl"])
+def test_dependent_launch_of_the_products_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch, use_pdl: bool) -> None:
+    """Oracle: what the engine was told, at every launch of W4A16 that a step of 9 sequences makes."""
+    from compress.kernels import w4a16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = quantize_linears(fresh("qwen2").half().to(device), Backend.TRITON, torch.float16, {})
+    decoder = Decoder(read_model(model), 9, CAPACITY, use_kernels=False)  # twins around the products
+    decoder.pdl, told = use_pdl, []
+
+    def launch(x: torch.Tensor, weight: Any, bias: Any, config: Any = None, pdl: bool = True) -> torch.Tensor:
+        told.append(pdl)
+        return x.new_zeros(x.shape[0], weight.n)
+
+    monkeypatch.setattr(w4a16, "launch", launch)
+    decoder.step(torch.zeros(9, dtype=torch.int64, device=device))
+    assert told == [use_pdl] * 8  # qkv, out, gate/up and down of two blocks
 
 
 def test_caches_of_transformers_are_taken_over() -> None:

@@ -25,9 +25,10 @@ if not HAS_GPU:
 
 from test_kernels import BOUND, problem  # noqa: E402
 
-from compress.kernels import common, tune, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
+from compress.kernels import common, tunables, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
 from compress.kernels.choose import hopper_takes  # noqa: E402
 from compress.kernels.dispatch import Choice  # noqa: E402
+from compress.kernels.problem import Scheme  # noqa: E402
 from compress.kernels.reference import dequantize_weight, relative_error, w4a16_linear  # noqa: E402
 from compress.kernels.w4a16_decode import DecodeConfig  # noqa: E402
 from compress.kernels.w4a16_tiled import TiledConfig  # noqa: E402
@@ -47,7 +48,7 @@ def test_decode_rule_covers_m_and_fills_the_machine(m: int) -> None:
     memory; tiles wider than the narrowest only where they still give 132 multiprocessors a program each."""
     for n, k in itertools.product(NS, KS):
         config = w4a16_decode.choose_config(m, n, k)
-        assert config in set(tune._decode_grid(m)) and m <= config.block_m
+        assert config in set(tunables._decode_grid(m)) and m <= config.block_m
         assert config.stages * config.warps * config.block_n * 64 < H100_SHARED
         assert config.block_n == (16 if m <= 8 else 32) or -(-n // config.block_n) >= 132
 
@@ -58,7 +59,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
     into 4 tiles of K or more, no further than one wave takes."""
     for n, k in itertools.product(NS, (*KS, 1000)):
         config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
-        assert m <= 8 or replace(config, split_k=1) in set(tune._tiled_grid(m))
+        assert m <= 8 or replace(config, split_k=1) in set(tunables._tiled_grid(m))
         assert config.block_m >= min(m, 128)
         at_once = w4a16_tiled.slots(config, 132, H100_SHARED)
         left = -(-n // config.block_n) * -(-m // config.block_m) % at_once
@@ -111,8 +112,10 @@ def test_shapes_that_hopper_takes(n: int, k: int, group: int, expected: bool) ->
     [((8, 0), ["w4a16"]), ((8, 9), ["w4a16"]), ((10, 0), ["w4a16"]), ((9, 0), ["w4a16_decode", "w4a16_tiled"])],
 )
 def test_kernels_to_tune(capability: tuple[int, int], expected: list[str]) -> None:
-    """Oracle: wgmma exists on compute capability 9 and no other."""
-    assert tune.usable(capability) == expected
+    """Oracle: wgmma exists on compute capability 9 and no other; other widths have one kernel for every GPU."""
+    assert tunables.usable(capability) == expected
+    for label, kernel in (("w8g128", "wna16"), ("w3-channel", "wna16"), ("w2g64-asym", "wna16"), ("w8a8", "w8a8")):
+        assert tunables.usable(capability, Scheme.parse(label)) == [kernel]
 
 
 # -- the choice -------------------------------------------------------------------------------------------
@@ -221,12 +224,13 @@ def test_the_interpreter_reads_no_table(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize(("config", "kernel"), [(DECODE, w4a16_decode), (TILED, w4a16_tiled)], ids=["decode", "tiled"])
 def test_a_configuration_goes_to_its_kernel(monkeypatch: pytest.MonkeyPatch, config: Any, kernel: Any) -> None:
-    """Oracle: the launch of that module is called, with what `launch` was given."""
+    """Oracle: the launch of that module is called, with what `launch` was given; with dependent launch unless said."""
     x, codes, scale, zero, bias = problem(16, 128, 64, False)
     weight = w4a16.pack_kernel_layout(codes, scale, zero)
     for other in (w4a16_decode, w4a16_tiled):
         monkeypatch.setattr(other, "launch", lambda *arguments, other=other: (other, *arguments))
-    assert w4a16.launch(x, weight, bias, config) == (kernel, x, weight, bias, config)
+    assert w4a16.launch(x, weight, bias, config) == (kernel, x, weight, bias, config, True)
+    assert w4a16.launch(x, weight, bias, config, pdl=False) == (kernel, x, weight, bias, config, False)
 
 
 # -- layouts ----------------------------------------------------------------------------------------------

@@ -131,6 +131,38 @@ def test_engine_decodes_what_transformers_would(model: nn.Module) -> None:
     assert len(timed.ms["prefill"]) == 2 and len(timed.ms["decode"]) == 8
 
 
+def test_weights_are_fused_once_for_all_batch_sizes(
+    model: nn.Module, quick_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: how often each model is read by three batch sizes that all run on the engine; one that cannot be read
+    raises at every call, so that a reason is never forgotten."""
+    real, read, shared = session.read_model, [], []
+
+    def counted(m: nn.Module) -> Any:
+        read.append(m)
+        return real(m)
+
+    def engine(sessions: list[session.Session]) -> str:
+        for timed in sessions:
+            timed.use_engine()
+        shared.append([timed.decoder.model for timed in sessions if timed.decoder is not None])
+        return session.ENGINE
+
+    monkeypatch.setattr(session, "read_model", counted)
+    monkeypatch.setattr(speed, "choose_launch", engine)
+    other = copy.deepcopy(model)
+    report = speed.benchmark_pair(model, other, replace_batches(1, 2, 3), "cpu")
+    assert report.mode == session.ENGINE and len(report.rows) == 6
+    assert [id(m) for m in read] == [id(model), id(other)]
+    assert all(a is b for later in shared[1:] for a, b in zip(later, shared[0], strict=True)) and len(shared) == 3
+    assert shared[0][0] is not shared[0][1]
+    model.register_forward_hook(lambda *args: None)
+    unreadable = session.weights_of(model)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModel, match="hooks"):
+            unreadable()
+
+
 def test_random_state_is_left_alone(model: nn.Module) -> None:
     """Oracle: torch's generator state before and after, roofline probes included."""
     before = torch.get_rng_state()

@@ -1,0 +1,200 @@
+"""What `tune` and `dispatch`'s search try: each kernel's configurations worth timing, how it is packed and launched.
+
+A kernel takes part by its `Tunable` in TUNABLES; `usable` says which of them a scheme and a GPU choose from.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from compress.kernels import w4a16, w4a16_decode, w4a16_tiled, w8a8, wna16, wna16_layout
+from compress.kernels.bench import MAX_ERROR
+from compress.kernels.common import n_sms, shared_bytes
+from compress.kernels.contenders import zero_of
+from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
+from compress.kernels.problem import GROUP, W4G128, Problem, Scheme
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel and the configurations worth trying.
+
+    grid(m): configurations that compile to different kernels. expand(m, n, k, config): those that differ in run-time
+    arguments only. default(m, weight): the kernel's own rule, None where it does not take the shape. fits(weight,
+    config): False where shared memory or registers are known not to suffice. bits, int8: of the schemes it computes.
+    hopper: for Hopper alone; False: for all others; None: for every GPU.
+    """
+
+    name: str
+    config: type
+    bits: tuple[int, ...]
+    grid: Callable[[int], Iterator[Any]]
+    expand: Callable[[int, int, int, Any], list[Any]]
+    default: Callable[[int, Any], Any]
+    pack: Callable[[Problem, torch.dtype], Any]
+    launch: Callable[[torch.Tensor, Any, Any], torch.Tensor]
+    fits: Callable[[Any, Any], bool] = lambda weight, config: True
+    n_multiple: int = 1
+    k_multiple: int = 1
+    hopper: bool | None = None
+    int8: bool = False
+    max_error: float = MAX_ERROR
+
+    def takes(self, n: int, k: int) -> bool:
+        return n % self.n_multiple == 0 and k % self.k_multiple == 0
+
+    def computes(self, scheme: Scheme) -> bool:
+        return scheme.bits in self.bits and scheme.int8 == self.int8
+
+
+def _w4a16_grid(m: int) -> Iterator[w4a16.Config]:
+    """Configurations worth timing at M = m, split_k excluded (it is a run-time argument of a compiled kernel)."""
+    if m <= 64:
+        block_m = max(16, 1 << (m - 1).bit_length())
+        for (block_n, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8)), (2, 3, 4)):
+            yield w4a16.Config(block_m, block_n, 1, warps, stages)
+        yield w4a16.Config(block_m, 64, 1, 4, 4, use_asm=False)
+        return
+    tiles = ((32, 128, 8), (64, 64, 4), (64, 128, 8), (64, 256, 8), (128, 64, 4), (128, 128, 8))
+    for (block_m, block_n, warps), stages in itertools.product(tiles, (2, 3, 4)):
+        yield w4a16.Config(block_m, block_n, 1, warps, stages)
+    yield w4a16.Config(128, 128, 1, 8, 3, use_asm=False)
+
+
+def _w4a16_splits(m: int, n: int, k: int, config: w4a16.Config) -> list[w4a16.Config]:
+    """split_k values worth timing: up to 8 programs a multiprocessor of a large GPU, two tiles of K each at least."""
+    programs = -(-n // config.block_n) * -(-m // config.block_m)
+    counts = [s for s in (1, 2, 4, 8, 16) if s == 1 or (s * programs <= 8 * 132 and 2 * s <= k // GROUP and m <= 256)]
+    return [replace(config, split_k=s) for s in counts]
+
+
+W4A16 = Tunable(
+    name="w4a16",
+    config=w4a16.Config,
+    bits=(4,),
+    grid=_w4a16_grid,
+    expand=_w4a16_splits,
+    default=lambda m, weight: w4a16.choose_config(m, weight.n, weight.k, n_sms(weight.words.device)),
+    pack=lambda p, dtype: w4a16.pack_kernel_layout(p.codes, p.scale.to(dtype), zero_of(p)),
+    launch=lambda x, weight, config: w4a16.launch(x, weight, config=config),
+    hopper=False,
+)
+
+
+def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
+    if m > 16:
+        return
+    block_m = 8 if m <= 8 else 16
+    for (block_n, warps), stages in itertools.product(
+        ((16, 8), (16, 4), (32, 8), (32, 4), (64, 4), (128, 4)), (2, 3, 4)
+    ):
+        if block_n * block_m * stages <= (2048 if m <= 8 else 1024):
+            yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
+
+
+DECODE = replace(
+    W4A16,
+    name="w4a16_decode",
+    config=w4a16_decode.DecodeConfig,
+    grid=_decode_grid,
+    expand=lambda m, n, k, config: [config],
+    default=lambda m, weight: w4a16_decode.choose_config(m, weight.n, weight.k) if m <= 16 else None,
+    n_multiple=8,
+    k_multiple=128,
+    hopper=True,
+)
+
+
+# (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
+_TILES = {
+    16: ((64, 4, 3), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
+    32: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
+    64: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
+    128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
+    256: ((64, 4, 3), (128, 8, 3)),
+}
+
+
+def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
+    for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
+        for block_n, warps, stages in _TILES[block_m] if m > 8 else ():
+            yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
+
+
+def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
+    """split_k is compiled in (it decides how sums leave), but a smaller one always runs where a larger one does."""
+    return [replace(config, split_k=s) for s in (1, 2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
+
+
+def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:
+    device = weight.words.device
+    return w4a16_tiled.choose_config(m, weight.n, weight.k, n_sms(device), shared_bytes(device)) if m > 8 else None
+
+
+TILED = replace(
+    DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
+    default=_tiled_default, k_multiple=8,
+)  # fmt: skip
+
+
+def _wna16_fits(weight: wna16_layout.PackedWeight, config: wna16.Config) -> bool:
+    """Stages within a block's shared memory, and registers for the accumulators (`wna16.choose_config`)."""
+    stage_bytes = 2 * (weight.tile * config.block_m + weight.words.shape[2] * config.block_n)
+    within = config.num_stages * stage_bytes <= shared_bytes(weight.words.device)
+    return within and (weight.tile <= 128 or config.block_m <= 64)
+
+
+WNA16 = replace(
+    W4A16,
+    name="wna16",
+    config=wna16.Config,
+    bits=(8, 3, 2),
+    grid=lambda m: (wna16.Config(**vars(config)) for config in _w4a16_grid(m)),
+    default=lambda m, weight: wna16.choose_config(
+        weight, m, n_sms(weight.words.device), shared_bytes(weight.words.device)
+    ),
+    pack=lambda p, dtype: wna16_layout.pack(p.codes, p.scale.to(dtype), zero_of(p), p.bits),
+    launch=lambda x, weight, config: wna16.launch(x, weight, config=config),
+    fits=_wna16_fits,
+    hopper=None,
+)
+
+
+def _w8a8_grid(m: int) -> Iterator[w8a8.Config]:
+    """The tiles of `_w4a16_grid`; bytes instead of 16-bit operands leave room for more stages."""
+    tiles = dict.fromkeys((c.block_m, c.block_n, c.num_warps) for c in _w4a16_grid(m))
+    for (block_m, block_n, warps), stages in itertools.product(tiles, (2, 3, 4, 5)):
+        yield w8a8.Config(block_m, block_n, 1, warps, stages)
+
+
+W8A8 = replace(
+    WNA16,
+    name="w8a8",
+    config=w8a8.Config,
+    bits=(8,),
+    grid=_w8a8_grid,
+    default=lambda m, weight: w8a8.choose_config(
+        m, weight.n, weight.k, n_sms(weight.codes.device), shared_bytes(weight.codes.device)
+    ),
+    pack=lambda p, dtype: w8a8.pack(p.codes, p.scale.to(dtype), zero_of(p)),
+    launch=lambda x, weight, config: w8a8.launch(x, weight, config=config),
+    fits=lambda weight, config: (
+        config.num_stages * w8a8.TILE_K * (config.block_m + config.block_n) <= shared_bytes(weight.codes.device)
+    ),
+    int8=True,
+    max_error=MAX_ERROR_W8A8,
+)
+
+
+TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, W8A8)}
+
+
+def usable(device_capability: tuple[int, int], scheme: Scheme = W4G128) -> list[str]:
+    """Names of the kernels that are chosen from for a scheme on a GPU of this capability."""
+    on_hopper = device_capability[0] == 9
+    return [name for name, t in TUNABLES.items() if t.computes(scheme) and t.hopper in (None, on_hopper)]
