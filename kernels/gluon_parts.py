@@ -62,7 +62,12 @@ def store_by_each(at, value):  # type: ignore[no-untyped-def]
     """Store float32 values at pointers `at`, by every program of a cluster: `gl.store` takes a tensor that does not
     differ between them to be the same one, and lets the first store it."""
     gl.inline_asm_elementwise(
-        "st.global.f32 [$1], $2; mov.b32 $0, 0;", "=r,l,f", [at.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1
+        "st.global.f32 [$1], $2; mov.b32 $0, 0;",
+        "=r,l,f",
+        [at.to(gl.int64), value],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

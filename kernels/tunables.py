@@ -90,10 +90,8 @@ def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
     if m > 16:
         return
     block_m = 8 if m <= 8 else 16
-    for (block_n, warps), stages in itertools.product(
-        ((16, 8), (16, 4), (32, 8), (32, 4), (64, 4), (128, 4)), (2, 3, 4)
-    ):
-        if block_n * block_m * stages <= (2048 if m <= 8 else 1024):
+    for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4)):
+        if block_n * block_m * stages <= (2048 if m <= 8 else 1536):
             yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
 
 
@@ -112,9 +110,9 @@ DECODE = replace(
 
 # (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
 _TILES = {
-    16: ((64, 4, 3), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
-    32: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3)),
-    64: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
+    16: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (256, 8, 4)),
+    32: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (128, 8, 3)),
+    64: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
     128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
     256: ((64, 4, 3), (128, 8, 3)),
 }
@@ -127,8 +125,9 @@ def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
 
 
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
-    """split_k is compiled in (it decides how sums leave), but a smaller one always runs where a larger one does."""
-    return [replace(config, split_k=s) for s in (1, 2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
+    """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
+    splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
+    return [config, *(replace(config, split_k=s, cluster=c) for s in splits for c in (True, False))]
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:

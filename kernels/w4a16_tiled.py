@@ -17,16 +17,17 @@ Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, it
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
 registers. y leaves through shared memory as whole lines.
 
-Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them where
-there are few, are computed by a cluster of programs each, which share out K and run side by side on neighbouring
-multiprocessors. A program leaves its float32 sums in a workspace, and after the barrier of the cluster adds up its
-share of the tile's tokens, in order: the same bits every run, no counter, no second kernel to wait for.
+Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them
+where there are few, are computed by split_k programs each, which share out K and leave float32 sums in a workspace.
+With `cluster` they run side by side on neighbouring multiprocessors, and after the barrier of the cluster each adds up its
+share of the tile's tokens, in order: the same bits every run, no counter, no second kernel. A cluster needs room for
+all of its programs at once, which costs more where each runs long; without, a second kernel adds up.
 
     cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |       each a [BLOCK_N, BLOCK_M] sum
                          ------------- barrier of the cluster -------------
                  tokens: | program 0 | program 1 | program 2 | program 3 |       each adds 4 sums of a quarter
 
-Where whole waves come first, the clusters are a launch of their own that fills the machine as those drain.
+Where whole waves come first, the split tiles are a launch of their own that fills the machine as those drain.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.
 """
@@ -36,7 +37,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -47,8 +50,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.common import n_sms, shared_bytes
+from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import (
     cluster_barrier,
     cluster_bases,
@@ -68,35 +72,36 @@ GROUP_N = 8
 
 @dataclass(frozen=True)
 class TiledConfig:
-    """Tile sizes of one launch. split_k programs, a cluster, share the K of each tile that does not fill a wave of the
-    machine: 1, 2, 4 or 8."""
+    """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
+    the machine; cluster: as one cluster."""
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
+    cluster: bool = True
 
 
 @gluon.constexpr_function
-def _mma_layout(tokens, warps, split):  # type: ignore[no-untyped-def]
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(split, 2))
+def _mma_layout(tokens, warps, ctas):  # type: ignore[no-untyped-def]
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(ctas, 2))
 
 
 @gluon.constexpr_function
-def _barrier_layout(split):  # type: ignore[no-untyped-def]
-    return mbarrier.MBarrierLayout(cga_layout=cluster_bases(split, 1))
+def _barrier_layout(ctas):  # type: ignore[no-untyped-def]
+    return mbarrier.MBarrierLayout(cga_layout=cluster_bases(ctas, 1))
 
 
 @gluon.constexpr_function
-def _sum_layout(columns, warps, split):  # type: ignore[no-untyped-def]
+def _sum_layout(columns, warps, ctas):  # type: ignore[no-untyped-def]
     """[tokens, columns] float32 dealt out to the cluster by tokens, 16 bytes a thread along the columns."""
     wide = columns // 4 if columns < 128 else 32
-    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(split, 2))
+    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(ctas, 2))
 
 
 @gluon.constexpr_function
-def _words_layout(rows, warps, split):  # type: ignore[no-untyped-def]
+def _words_layout(rows, warps, ctas):  # type: ignore[no-untyped-def]
     """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q
     of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
     reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
@@ -110,12 +115,12 @@ def _words_layout(rows, warps, split):  # type: ignore[no-untyped-def]
     while w < warps:
         warp.append([8 * w, 0])
         w *= 2
-    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(split, 2), [rows // 2, 64])
+    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas, 2), [rows // 2, 64])
 
 
 @gluon.jit
-def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, SPLIT: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
-    words = smem.load(_words_layout(BLOCK_N, WARPS, SPLIT)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
+def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    words = smem.load(_words_layout(BLOCK_N, WARPS, CTAS)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
     return gl.convert_layout(words, A, assert_trivial=True)
 
 
@@ -176,7 +181,7 @@ def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, sta
 def _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N,
             HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
             WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """A tile of y: sums [SPLIT, BLOCK_M, BLOCK_N] added in order, and bias. Each program of the cluster has its tokens."""
+    """A tile of y: sums [SPLIT, BLOCK_M, BLOCK_N] added in order, and bias; each program of the cluster has tokens."""
     L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT)
     rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
@@ -193,23 +198,31 @@ def _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N,
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, M, N, K, tiles, first_tile, per_split,
+    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
+    M, N, K, tiles, first_tile, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
+    CTAS: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
-    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, SPLIT)
+    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
 
-    tile = first_tile + gl.program_id(0)  # a program of the grid is a cluster
+    pid = gl.program_id(0)  # of a cluster, where there are any
+    tile = first_tile + pid
+    sums = pid * SPLIT  # first of the tile's sums in the workspace
     rank = 0
     first = 0
     last = tiles
     if SPLIT > 1:
-        rank = cluster_rank()
+        if CTAS > 1:
+            rank = cluster_rank()
+        else:
+            tile = first_tile + pid // SPLIT
+            rank = pid % SPLIT
+            sums = pid - rank
         first = gl.minimum(rank * per_split, tiles)
         last = gl.minimum(first + per_split, tiles)
     # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
@@ -221,7 +234,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], _barrier_layout(SPLIT))
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], _barrier_layout(CTAS))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
@@ -245,7 +258,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     mbarrier.wait(ready.index(0), 0, pred=first < last)
-    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, SPLIT, A)
+    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, CTAS, A)
     low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     high = low
     stage = 0
@@ -272,7 +285,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         scales = coming
         minus_base = coming_base
         mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, SPLIT, A)
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
         low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
     acc, high = warpgroup_mma_wait(0, deps=(acc, high))
@@ -280,12 +293,13 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (SPLIT * BLOCK_M * BLOCK_N)
+        sums_ptr = workspace_ptr + gl.to_tensor(sums).to(gl.int64) * (BLOCK_M * BLOCK_N)
         store_by_each(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
         if IS_TAIL and PDL:
             pdl_wait()  # whoever waits for this launch means the one before it, too
-        cluster_barrier()
-        _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
+        if CTAS > 1:
+            cluster_barrier()
+            _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
         return
     if HAS_BIAS:
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
@@ -295,6 +309,30 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
     tma.store_wait(0)
+
+
+@triton.jit(do_not_specialize=["M", "first_tile"])
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, bias_ptr, out_ptr, M, N, first_tile,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP_N: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_add_up` as a kernel of its own: ROWS tokens of a tile each, for splits that are not a cluster."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tile_n, tile_m = tile_of_program(tile + first_tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
+    rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    rm, rn = tile_m * BLOCK_M + rows, tile_n * BLOCK_N + columns
+    at = sums_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(at + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
@@ -314,17 +352,19 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
         block_m, block_n, warps = 128, 64, 4
     else:
         block_m, block_n, warps = 256, 128, 8
-    config = TiledConfig(block_m, block_n, 1, warps, 3)
+    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3)
     at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
     split = min(8, at_once // rest, tiles // 4) if rest else 1
-    return replace(config, split_k=1 << (split.bit_length() - 1) if split > 1 else 1)
+    if split <= 1:
+        return config
+    split = 1 << (split.bit_length() - 1)
+    return replace(config, split_k=split, cluster=m > 128 or tiles // split <= 8)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
-    m, k, n = x.shape[0], weight.k, weight.n
-    tiles, split = weight.words.shape[0], config.split_k
+    m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
     if split == 1:
@@ -344,19 +384,25 @@ def _launch_tiles(
     pdl: bool, before_tail: bool = False, is_tail: bool = False,
 ) -> None:  # fmt: skip
     m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
-    tiles = weight.words.shape[0]
-    workspace = None
+    tiles, workspace = weight.words.shape[0], None
     if split > 1:
         workspace = torch.empty(n_tiles * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
-    wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(split, 2))
+    ctas = split if config.cluster else 1
+    wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
-    _tiled_kernel[(n_tiles,)](
+    _tiled_kernel[(n_tiles * split // ctas,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
         -(-tiles // split),
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
-        num_warps=config.warps, num_ctas=split, launch_pdl=pdl,
+        SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
+        num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
     )  # fmt: skip
+    if split > ctas:
+        rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
+        _sum_kernel[(n_tiles, config.block_m // rows)](
+            workspace, bias, y, m, n, first_tile, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, SPLIT=split, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip

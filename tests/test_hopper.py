@@ -59,7 +59,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
     into 4 tiles of K or more, no further than one wave takes."""
     for n, k in itertools.product(NS, (*KS, 1000)):
         config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
-        assert m <= 8 or replace(config, split_k=1) in set(tunables._tiled_grid(m))
+        assert m <= 8 or replace(config, split_k=1, cluster=True) in set(tunables._tiled_grid(m))
         assert config.block_m >= min(m, 128)
         at_once = w4a16_tiled.slots(config, 132, H100_SHARED)
         left = -(-n // config.block_n) * -(-m // config.block_m) % at_once
@@ -73,7 +73,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
 def test_tiled_rule_at_known_shapes() -> None:
     """Oracle: waves counted by hand for 264 or 132 programs at once. 4096 x 4096 at M = 32 has 32 tiles: split 8 ways.
     At M = 256 it has 128 tiles: 2 ways. N = 132 * 128 at M = 257 has 264 tiles: two whole waves of 132."""
-    assert w4a16_tiled.choose_config(32, 4096, 4096, 132, H100_SHARED) == TiledConfig(32, 128, 8, 4, 3)
+    assert w4a16_tiled.choose_config(32, 4096, 4096, 132, H100_SHARED) == TiledConfig(32, 128, 8, 4, 4)
     assert w4a16_tiled.choose_config(256, 4096, 4096, 132, H100_SHARED) == TiledConfig(128, 64, 2, 4, 3)
     assert w4a16_tiled.choose_config(257, 16896, 4096, 132, H100_SHARED) == TiledConfig(256, 128, 1, 8, 3)
 
@@ -316,6 +316,10 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(128, 256, 1, 8, 3), "bf16", 384, True, False, DECODE_N, (1152, 16512), (100, 300)),
     (TiledConfig(16, 64, 2, 4, 6), "fp16", None, False, True, DECODE_N, (1000,), (7, 16, 30)),
     (TiledConfig(256, 128, 8, 8, 3), "bf16", 128, False, True, DECODE_N, DECODE_K, (300,)),
+    (TiledConfig(64, 128, 4, 4, 3, cluster=False), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
+    # 300 tiles: 264 are a whole wave, then a tail
+    (TiledConfig(64, 64, 2, 4, 3), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    (TiledConfig(64, 64, 4, 4, 3, cluster=False), "bf16", 128, True, False, (19200,), (2048,), (64,)),
 ]
 
 
