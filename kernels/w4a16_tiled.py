@@ -19,9 +19,9 @@ registers. y leaves through shared memory as whole lines.
 
 Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them
 where there are few, are computed by split_k programs each, which share out K and leave float32 sums in a workspace.
-With `cluster` they run side by side on neighbouring multiprocessors, and after the barrier of the cluster each adds up its
-share of the tile's tokens, in order: the same bits every run, no counter, no second kernel. A cluster needs room for
-all of its programs at once, which costs more where each runs long; without, a second kernel adds up.
+With `cluster` they run side by side on neighbouring multiprocessors, and after the barrier of the cluster each adds up
+its share of the tile's tokens, in order: the same bits every run, no counter, no second kernel. A cluster needs room
+for all of its programs at once, which costs more where each runs long; without, a second kernel adds up.
 
     cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |       each a [BLOCK_N, BLOCK_M] sum
                          ------------- barrier of the cluster -------------
@@ -127,36 +127,30 @@ def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.const
 @gluon.jit
 def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Scale and -(base + zero) of tile t, four each (one a slice): [BLOCK_N] in DTYPE."""
-    base: gl.constexpr = 1024.0 if gl.float16 == DTYPE else 128.0
+    """What tile t is dequantized with: the scales of its groups in DTYPE, then their zeros, [BLOCK_N] each."""
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    scales = ()
-    minus_base = ()
+    columns = ()
     for s in gl.static_range(PARTS):
-        g = scale_group(t, s, tiles, K, GROUP)
-        scale = load_row(scale_ptr, g, rn, N, EVEN_N).to(DTYPE)
-        if HAS_ZERO:
-            minus = (-base - load_row(zero_ptr, g, rn, N, EVEN_N).to(gl.float32)).to(DTYPE)
-        else:
-            minus = scale  # not read
-        for _ in gl.static_range(4 // PARTS):
-            scales = scales + (scale,)
-            minus_base = minus_base + (minus,)
-    return scales, minus_base
+        scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
+        columns = columns + (scale.to(DTYPE),)
+    if HAS_ZERO:
+        for s in gl.static_range(PARTS):
+            columns = columns + (load_row(zero_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N),)
+    return columns
 
 
 @gluon.jit
-def _half_tile(words, scales, minus_base, h: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
                BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand."""
     base: gl.constexpr = 1024.0 if gl.float16 == DTYPE else 128.0
     halves = ()
     for p in gl.static_range(2 * h, 2 * h + 2):
         if HAS_ZERO:
-            minus = gl.expand_dims(minus_base[p], 1)
+            minus = gl.expand_dims((-base - columns[PARTS + p * PARTS // 4].to(gl.float32)).to(DTYPE), 1)
         else:
             minus = gl.full((1, 1), -base - 8.0, gl.float32, A).to(DTYPE)
-        halves = halves + (slice_weights(words, minus, p, DTYPE) * gl.expand_dims(scales[p], 1),)
+        halves = halves + (slice_weights(words, minus, p, DTYPE) * gl.expand_dims(columns[p * PARTS // 4], 1),)
     w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
     return gl.convert_layout(w, A, assert_trivial=True)
 
@@ -209,6 +203,10 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
+    # scales come from memory and are few: loaded AHEAD tiles before they are used, more than a load takes
+    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
 
     pid = gl.program_id(0)  # of a cluster, where there are any
     tile = first_tile + pid
@@ -242,7 +240,9 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     True, False, BYTES)  # fmt: skip
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    scales, minus_base = _columns(scale_ptr, zero_ptr, first, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
+    columns = ()
+    for i in gl.static_range(AHEAD):
+        columns = columns + _columns(scale_ptr, zero_ptr, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
     if PDL:
         if BEFORE_TAIL:  # the tail starts once this has waited for it
             pdl_wait()
@@ -259,17 +259,19 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
     mbarrier.wait(ready.index(0), 0, pred=first < last)
     words = _load_words(words_smem.index(0), BLOCK_N, WARPS, CTAS, A)
-    low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
+    low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
     high = low
     stage = 0
     phase = 0
     for t in range(first, last):
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        coming, coming_base = _columns(scale_ptr, zero_ptr, t + 1, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
+        columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
         # all but `low` is done: the registers of the last `high` may be written again, and its stage be filled. A wgmma
         # reads its registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
-        high = _half_tile(words, scales, minus_base, 1, HAS_ZERO, dtype, BLOCK_N, A)
+        high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
+        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+        # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
         behind = stage - 1
         if behind < 0:
             behind = STAGES - 1
@@ -277,17 +279,18 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         ahead = t - 1 + STAGES
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
                     (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
-        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase = phase ^ 1
-        scales = coming
-        minus_base = coming_base
+        later = ()
+        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
+            later = later + (columns[i],)
+        columns = later
         mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
         words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = _half_tile(words, scales, minus_base, 0, HAS_ZERO, dtype, BLOCK_N, A)
+        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
     acc, high = warpgroup_mma_wait(0, deps=(acc, high))
 
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
