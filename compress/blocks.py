@@ -23,12 +23,14 @@ from compress.awq_pass import AwqJob, AwqNote, apply_awq
 from compress.checkpoint import BlockState, load_block, load_head, save_block, save_head
 from compress.config import QuantConfig, Rounding, Transform
 from compress.errors import NumericalError
+from compress.forecast import TUNING_BATCHES
 from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups
 from compress.head import quantize_head
 from compress.learn_pass import LearnJob, learn_block
 from compress.methods.gptq import gptq_quantize_shared
 from compress.methods.hqq import hqq_quantize
 from compress.methods.rtn import rtn_quantize
+from compress.methods.signround import cell_offsets, pack_offsets
 from compress.methods.stats import CrossStats, InputStats, relative_output_error
 from compress.models import Block, LoadedModel, is_transposed, linear_weight, set_linear_weight
 from compress.plan import LinearPlan, Plan, check_fused
@@ -71,7 +73,8 @@ class LayerReport:
 
 @dataclass
 class EngineInputs:
-    """Everything `compress_blocks` works from. calibration_ids int64 [S, T] or None; verify_ids int64 [V, T]."""
+    """Everything `compress_blocks` works from. calibration_ids int64 [S, T] or None; verify_ids int64 [V, T];
+    tuning_ids int64 [R, T]: sequences that end-to-end tuning alone reads, besides those to calibrate on."""
 
     loaded: LoadedModel
     plan: Plan
@@ -81,17 +84,20 @@ class EngineInputs:
     device: torch.device
     dtype: torch.dtype
     checkpoints: Path
+    tuning_ids: Tensor | None = None
 
 
 @dataclass
 class EngineResult:
     """Reports of every linear, float32 logits [V, T, vocab] of the in-memory quantized model, blocks resumed, and the
-    original model's last hidden states where the recipe learns from them."""
+    original model's last hidden states where the recipe learns from them: on the calibration tokens and on those for
+    tuning alone."""
 
     layers: list[LayerReport]
     verify_logits: Tensor
     n_resumed: int
     teacher: HiddenStream | None = None
+    tuning: HiddenStream | None = None
 
 
 @dataclass
@@ -114,17 +120,22 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
     """
     loaded, device, dtype = inputs.loaded, inputs.device, inputs.dtype
     verify = open_stream(loaded, inputs.verify_ids, len(inputs.verify_ids), device, device, dtype)
-    calibration = teacher = None
+    calibration = teacher = tuning = None
     if inputs.calibration_ids is not None:
-        store = _activation_store(inputs, loaded)
+        store = _activation_store(inputs, inputs.calibration_ids)
         calibration = open_stream(loaded, inputs.calibration_ids, inputs.batch_size, device, store, dtype)
         if inputs.plan.config.needs_teacher:
             teacher = open_stream(loaded, inputs.calibration_ids, inputs.batch_size, device, store, dtype)
+    if inputs.tuning_ids is not None:
+        store = _activation_store(inputs, inputs.tuning_ids)
+        tuning = open_stream(loaded, inputs.tuning_ids, TUNING_BATCHES * inputs.batch_size, device, store, dtype)
     layers: list[LayerReport] = []
     n_resumed = 0
     with torch.no_grad():
         for index, block in enumerate(loaded.blocks):
             loaded.materialize(block.name, device, dtype)
+            if tuning is not None:  # through the original blocks alone
+                tuning.advance(block, index)
             streams = _Streams(calibration, verify, teacher)
             reports, resumed = _finish_block(inputs, block, index, streams)
             layers += reports
@@ -143,7 +154,7 @@ def compress_blocks(inputs: EngineInputs, on_block: Callable[[int, int], None]) 
         state = _finish_head(inputs, inputs.plan.head)
         layers += [LayerReport(**report) for report in state.reports]
         head = state.quantized[inputs.plan.head.name].dequantize()
-    return EngineResult(layers, tail_logits(loaded, verify, dtype, head), n_resumed, teacher)
+    return EngineResult(layers, tail_logits(loaded, verify, dtype, head), n_resumed, teacher, tuning)
 
 
 def _finish_head(inputs: EngineInputs, plan: LinearPlan) -> BlockState:
@@ -176,6 +187,8 @@ def _finish_block(inputs: EngineInputs, block: Block, index: int, streams: _Stre
     A function of its own, so that the masters and codes of one block are gone before the next one comes.
     """
     state = load_block(inputs.checkpoints, index)
+    if state is not None and inputs.plan.config.tune.trains_codes and state.offsets.keys() != state.quantized.keys():
+        state = None  # made for a recipe whose codes stay
     resumed = state is not None
     if state is None:
         state = _BlockQuantizer(inputs, block, index, streams).run()
@@ -195,12 +208,12 @@ def apply_state(block: Block, state: BlockState) -> None:
             block.module.get_parameter(name).copy_(value)
 
 
-def _activation_store(inputs: EngineInputs, loaded: LoadedModel) -> torch.device:
-    """Keep calibration activations on the GPU when they take at most a quarter of its free memory."""
-    if inputs.device.type != "cuda" or inputs.calibration_ids is None:
+def _activation_store(inputs: EngineInputs, ids: Tensor) -> torch.device:
+    """Keep the activations of these tokens on the GPU when they take at most a quarter of its free memory."""
+    if inputs.device.type != "cuda":
         return torch.device("cpu")
-    hidden_size = int(loaded.model.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
-    needed = inputs.calibration_ids.numel() * hidden_size * inputs.dtype.itemsize
+    hidden_size = int(inputs.loaded.model.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
+    needed = ids.numel() * hidden_size * inputs.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(inputs.device)
     return inputs.device if needed <= free // 4 else torch.device("cpu")
 
@@ -256,6 +269,11 @@ class _BlockQuantizer:
             originals.pop(key, None)
         if self.config.learn.enabled and self.state.quantized:
             self._learn()
+        if self.config.tune.trains_codes:
+            self.state.offsets = {
+                name: pack_offsets(cell_offsets(weight, self.weights[name]))
+                for name, weight in self.state.quantized.items()
+            }
         return self.state
 
     def _learn(self) -> None:

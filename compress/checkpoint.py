@@ -2,14 +2,14 @@
 
 One safetensors file a block, written atomically, holding exactly the tensors the artifact will hold for it
 (packed codes, scales, zero points, folded norms) under block-relative names, so that nothing is computed
-twice and a resumed run ends with the same bytes.
+twice and a resumed run ends with the same bytes; beside them what end-to-end tuning needs to go on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ from compress.quant import Granularity, Observer, QuantizedWeight, QuantScheme
 
 _TUNED = "tuned.safetensors"
 _HEAD = "head.safetensors"
+_OFFSETS = ".cell_offsets"
 
 
 @dataclass
 class BlockState:
-    """One finished block: quantized weights by linear, other parameters that changed, and layer reports."""
+    """One finished block: quantized weights by linear, other parameters that changed, layer reports, and where the
+    recipe goes on training the codes, by linear where the real weights lie in their rounding cells (int8 [N, K] of
+    `signround.pack_offsets`)."""
 
     quantized: dict[str, QuantizedWeight]
     changed: dict[str, Tensor]
     reports: list[dict[str, Any]]
+    offsets: dict[str, Tensor] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: Path, index: int) -> Path:
@@ -55,6 +59,7 @@ def _save_state(path: Path, state: BlockState) -> None:
         for suffix, value in encode(quantized).items():
             tensors[f"{name}.{suffix}"] = value.cpu().contiguous()
     tensors |= {name: value.cpu().contiguous() for name, value in state.changed.items()}
+    tensors |= {f"{name}{_OFFSETS}": value.cpu().contiguous() for name, value in state.offsets.items()}
     meta = {
         "schemes": json.dumps({n: scheme_to_dict(q.scheme) for n, q in state.quantized.items()}, sort_keys=True),
         "changed": json.dumps(sorted(state.changed)),
@@ -85,7 +90,8 @@ def _load_state(path: Path) -> BlockState | None:
         own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
         quantized[name] = decode(own, scheme_from_dict(values))
     changed = {name: tensors[name] for name in json.loads(meta["changed"])}
-    return BlockState(quantized, changed, json.loads(meta["reports"]))
+    offsets = {name: tensors[name + _OFFSETS] for name in schemes if name + _OFFSETS in tensors}
+    return BlockState(quantized, changed, json.loads(meta["reports"]), offsets)
 
 
 def save_tuned(folder: Path, outside: dict[str, Tensor], verify_logits: Tensor, note: dict[str, Any]) -> None:

@@ -42,6 +42,19 @@ OmegaConf.set_struct(_SCHEMA.quant.overrides, False)
 ConfigStore.instance().store(name="schema", node=_SCHEMA)
 
 
+def _gpu_or_cpu(on_gpu: Any, on_cpu: Any, *, _root_: DictConfig) -> Any:
+    """`${gpu_or_cpu:a,b}` in a recipe: a where the run is on a GPU, by its setting `device`, else b."""
+    device = str(_root_.device)
+    if device == "auto":
+        import torch  # late: only a recipe that asks pays for it
+
+        return on_gpu if torch.cuda.is_available() else on_cpu
+    return on_gpu if device.startswith("cuda") else on_cpu
+
+
+OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
+
+
 @dataclass
 class _Failure:
     """One job that ended in an error the user can act on, and the settings that tell it from its siblings."""

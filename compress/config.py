@@ -200,23 +200,37 @@ class LearnConfig:
 
 @dataclass
 class TuneConfig:
-    """End-to-end tuning of scales and norms by KL to the original's logits (arXiv 2407.11062, second phase)."""
+    """End-to-end tuning of scales and norms, and of codes, by KL to the original's logits (arXiv 2407.11062, second
+    phase; arXiv 2305.17888)."""
 
     enabled: bool = False
+    # passes over the sequences to learn from, and sequences a step
     epochs: float = 3.0
     batch_sequences: int = 4
     # largest relative change of a scale in one step, and of a norm's gain
     scale_rate: float = 2e-3
     norm_rate: float = 1e-3
+    # largest move of a weight in one step, in quantization steps; 0: codes stay
+    code_rate: float = 0.0
+    # how far towards the real weight a weight begins in its rounding cell
+    pull: float = 0.9
+    # share of the calibration sequences that only judges
     held_out: float = 0.0625
-    # evaluations on the held-out sequences without improvement before it stops
+    # evaluations on the held-out sequences without improvement before it stops; codes get worse before they get better
+    # and are trained to the end
     patience: int = 2
 
     def __post_init__(self) -> None:
         _positive("quant.tune", epochs=self.epochs, batch_sequences=self.batch_sequences, patience=self.patience)
-        _at_least(0, "quant.tune", scale_rate=self.scale_rate, norm_rate=self.norm_rate)
+        _at_least(0, "quant.tune", scale_rate=self.scale_rate, norm_rate=self.norm_rate, code_rate=self.code_rate)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"quant.tune.held_out={self.held_out} must lie between 0 and 1")
+        if not 0 <= self.pull < 1:
+            raise ConfigError(f"quant.tune.pull={self.pull} must be at least 0 and less than 1")
+
+    @property
+    def trains_codes(self) -> bool:
+        return self.enabled and self.code_rate > 0
 
 
 @dataclass
@@ -254,10 +268,10 @@ class QuantConfig:
 
     @property
     def rounding_label(self) -> str:
-        """All that chose the codes and scales, for reports: `gptq + learned + tuned`."""
+        """All that chose the codes and scales, for reports: `gptq + learned + tuned`, `gptq + tuned codes`."""
         parts = [self.rounding.value]
         parts += ["learned"] if self.learn.enabled else []
-        parts += ["tuned"] if self.tune.enabled else []
+        parts += ["tuned codes" if self.tune.trains_codes else "tuned"] if self.tune.enabled else []
         return " + ".join(parts)
 
     @property
@@ -357,12 +371,14 @@ class CalibrationConfig:
     batch_size: int = 4
     # sequences sampled from the original model (arXiv 2305.17888) that are added to those of the text
     generated: int = 0
+    # and those that quant.tune alone reads besides, where it is enabled: the block-by-block work stays as fast as it is
+    tune_generated: int = 0
     # tokens of the text that each begins with; 0: the BOS token
     generated_prompt: int = 32
     generated_temperature: float = 1.0
     generated_seed: int = 0
-    # sampled at a time: memory for keys and values against speed
-    generated_batch_size: int = 64
+    # sampled at a time: memory for keys and values against speed; default 64 on a CPU, on a GPU what its memory holds
+    generated_batch_size: Optional[int] = None
 
     def __post_init__(self) -> None:
         _positive(
@@ -371,22 +387,28 @@ class CalibrationConfig:
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             generated_temperature=self.generated_temperature,
-            generated_batch_size=self.generated_batch_size,
         )
+        if self.generated_batch_size is not None:
+            _positive("calibration", generated_batch_size=self.generated_batch_size)
         _at_least(
             0,
             "calibration",
             generated=self.generated,
+            tune_generated=self.tune_generated,
             generated_prompt=self.generated_prompt,
             generated_seed=self.generated_seed,
         )
-        if self.generated and max(self.generated_prompt, 1) >= self.sequence_length:
+        if self.n_sampled and max(self.generated_prompt, 1) >= self.sequence_length:
             raise ConfigError(
                 f"calibration.generated_prompt={self.generated_prompt} leaves nothing to sample of sequence_length="
                 f"{self.sequence_length}; lower it"
             )
         if self.path and self.dataset:
             raise ConfigError("calibration.path and calibration.dataset are both set; give one of them")
+
+    @property
+    def n_sampled(self) -> int:
+        return self.generated + self.tune_generated
 
 
 @dataclass

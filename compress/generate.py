@@ -35,6 +35,8 @@ from compress.units import format_bytes
 
 OnStep = Callable[[int, int], None]
 
+_CPU_BATCH, _LARGEST_BATCH = 64, 2048
+
 
 @dataclass
 class GenerateJob:
@@ -60,19 +62,20 @@ def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
         NumericalError: logits that are not finite.
     """
     config = job.config
-    length, n = config.sequence_length, config.generated
+    length, n = config.sequence_length, config.n_sampled
     begin = beginnings(job.text.input_ids, n, config.generated_prompt, _first_id(job.loaded))
     new = length - begin.shape[1]
     seeded = torch.Generator().manual_seed(config.generated_seed)
     uniforms = torch.rand(n, new, dtype=torch.float64, generator=seeded)
     done = _read(job.file, job.mark)
     done = done[:n] if done is not None else torch.empty(0, length, dtype=torch.int64)
+    batch_size = sampling_batch(job.loaded, config, job.device, job.dtype)
     if len(done) < n:
         _check_memory(job)
         model = load_dense(load_model(str(job.loaded.source.path), None, job.trust_remote_code), job.device, job.dtype)
-        batches = list(range(len(done), n, config.generated_batch_size))
+        batches = list(range(len(done), n, batch_size))
         for number, start in enumerate(batches):
-            rows = slice(start, start + config.generated_batch_size)
+            rows = slice(start, start + batch_size)
 
             def step(t: int, number: int = number) -> None:
                 on_step(number * new + t, len(batches) * new)
@@ -86,12 +89,13 @@ def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
     return {
-        "n_sequences": n,
+        "n_sequences": config.generated,
+        "n_tuning": config.tune_generated,
         "n_tokens": n * new,
         "prompt_tokens": config.generated_prompt,
         "temperature": config.generated_temperature,
         "seed": config.generated_seed,
-        "batch_size": config.generated_batch_size,
+        "batch_size": batch_size,
         "sha256": _sha256(done),
     }
 
@@ -182,16 +186,31 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
 
 
-def generation_bytes(loaded: LoadedModel, config: CalibrationConfig, dtype: torch.dtype) -> int:
+def generation_bytes(loaded: LoadedModel, config: CalibrationConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes on the device while sampling: the whole model, keys and values of one batch, and the float64 tables of its
     logits. 0 where nothing is sampled."""
-    if not config.generated:
+    if not config.n_sampled:
         return 0
+    return _batch_bytes(loaded, config, sampling_batch(loaded, config, device, dtype), dtype)
+
+
+def sampling_batch(loaded: LoadedModel, config: CalibrationConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Sequences sampled at a time. Unless the recipe says it: few on a CPU, which gains nothing by more; on a GPU the
+    largest power of two that half of its memory holds, the same on every day that this half is free."""
+    rows = config.generated_batch_size or _CPU_BATCH
+    if config.generated_batch_size is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        rows = _LARGEST_BATCH
+        while rows > 1 and _batch_bytes(loaded, config, rows, dtype) > min(total // 2, free):
+            rows //= 2
+    return min(rows, config.n_sampled)
+
+
+def _batch_bytes(loaded: LoadedModel, config: CalibrationConfig, rows: int, dtype: torch.dtype) -> int:
     text = loaded.model.config.get_text_config()  # type: ignore[operator,union-attr]
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    rows = min(config.generated, config.generated_batch_size)
     weights = sum(p.numel() for p in loaded.model.parameters())
     cache = 2 * len(loaded.blocks) * kv_heads * head_dim * config.sequence_length * rows
     # keys and values of one block exist twice while a token is appended
@@ -199,12 +218,12 @@ def generation_bytes(loaded: LoadedModel, config: CalibrationConfig, dtype: torc
 
 
 def _check_memory(job: GenerateJob) -> None:
-    needed, free = generation_bytes(job.loaded, job.config, job.dtype), free_bytes(job.device)
+    needed, free = generation_bytes(job.loaded, job.config, job.device, job.dtype), free_bytes(job.device)
     if free is not None and needed > free:
         raise EnvironmentProblem(
             f"calibration.generated: sampling holds the whole model and a KV cache, about {format_bytes(needed)} on "
-            f"{job.device}, where {format_bytes(free)} are free; lower calibration.generated_batch_size, or set "
-            "calibration.generated=0"
+            f"{job.device}, where {format_bytes(free)} are free; set calibration.generated_batch_size lower, or "
+            "calibration.generated=0 and calibration.tune_generated=0"
         )
 
 

@@ -6,6 +6,7 @@ the original's own hidden states, so that it also makes up for errors made befor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.func import functional_call
 
 from compress.config import LearnConfig
 from compress.errors import NumericalError
-from compress.methods.signround import LearnedWeight
+from compress.methods.signround import LearnedWeight, cell_offsets
 from compress.models import Block, is_transposed
 from compress.quant import QuantizedWeight
 from compress.streams import HiddenStream
@@ -58,7 +59,7 @@ def learn_block(job: LearnJob) -> LearnNote:
     """
     config, n_batches = job.config, len(job.targets)
     learned = {
-        name: LearnedWeight(q, job.weights[name], config.pull).to(q.codes.device) for name, q in job.quantized.items()
+        name: LearnedWeight(q, config.pull * cell_offsets(q, job.weights[name])) for name, q in job.quantized.items()
     }
     training, held_out = split_batches(n_batches, config.held_out)
     size = _added_power(job)
@@ -67,7 +68,7 @@ def learn_block(job: LearnJob) -> LearnNote:
     order = _epochs(training, generator)
     per_step = max(1, round(config.batch_sequences / job.stream.token_batches[0].shape[0]))
     steps = max(1, round(config.epochs * len(training) / per_step))
-    with torch.enable_grad():
+    with torch.enable_grad(), repeatable(job.stream.device):
         for step in range(steps):
             for _ in range(per_step):
                 loss = _batch_error(job, learned, next(order)) / size
@@ -157,3 +158,24 @@ def training_precision(device: torch.device, dtype: torch.dtype) -> Iterator[Non
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with torch.autocast(device.type, torch.bfloat16, enabled=fast and dtype is torch.float32):
         yield
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Gradients that come out the same each time: on a GPU, attention's kernels add their parts in whatever order these
+    get ready, unless torch is told to wait."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    # torch asks for it before any matmul; it has no other effect once cuBLAS is up, where torch brings the workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings.fill_uninitialized_memory = False  # a launch for every tensor made
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filled

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import artifact as artifacts
 from compress import environment
@@ -22,9 +23,9 @@ from compress.allocate import allocate, apply_allocation, check_budget, describe
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
-from compress.config import RunConfig, Transform, to_plain
+from compress.config import CalibrationConfig, RunConfig, Transform, to_plain
 from compress.errors import ArtifactError, ConfigError
-from compress.forecast import Forecast, check_forecast, check_lengths, context_length, forecast
+from compress.forecast import Forecast, Load, check_forecast, check_lengths, context_length, forecast
 from compress.generate import GenerateJob, generate, generation_bytes, mixed, read_generated
 from compress.measure import measure_quality, measure_size, measure_speed
 from compress.models import LoadedModel, choose_device, load_model, untie
@@ -133,7 +134,7 @@ def _run_stages(run: Run, mark: dict[str, Any]) -> dict[str, Any]:
 def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Quantize and save. Returns {"manifest", "manifest_sha256", "layers", ...} and the calibration facts."""
     config = run.config
-    calibration, facts = _calibrate(run) if config.needs_calibration else (None, None)
+    calibration, tuning_ids, facts = _calibrate(run) if config.needs_calibration else (None, None, None)
     inputs = {**mark, "calibration": facts}
     if config.budget.enabled:
         assert calibration is not None
@@ -151,7 +152,7 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     result = run.stage(
         "quantize",
         inputs,
-        lambda: _quantize_and_save(run, calibration, facts, checkpoints),
+        lambda: _quantize_and_save(run, calibration, tuning_ids, facts, checkpoints),
         lambda result: _artifact_damage(run, result),
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -160,14 +161,21 @@ def _quantize(run: Run, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     return {**result, "manifest": artifacts.read_manifest(run.artifact)}, facts
 
 
-def _calibrate(run: Run) -> tuple[CalibrationSet, dict[str, Any]]:
-    """Tokens to calibrate on, and what the record says of them: n_sequences of text, and those that were generated."""
+def _sampling(run: Run) -> CalibrationConfig:
+    """The settings that sampling goes by: without tuning, nothing is sampled for it."""
     config = run.config.calibration
+    return config if run.config.quant.tune.enabled else replace(config, tune_generated=0)
+
+
+def _calibrate(run: Run) -> tuple[CalibrationSet, Tensor | None, dict[str, Any]]:
+    """Tokens to calibrate on, those int64 [R, T] for end-to-end tuning alone, and what the record says of them:
+    n_sequences of text, and those that were generated."""
+    config = _sampling(run)
     text = calibration_set(config, run.loaded, run.tokenizer())
     n, t = text.input_ids.shape
     facts: dict[str, Any] = {"source": text.source, "sha256": text.sha256, "n_sequences": n, "sequence_length": t}
-    if not config.generated:
-        return text, facts
+    if not config.n_sampled:
+        return text, None, facts
     check_forecast(_forecast(run, text.n_tokens + config.generated * t), run.device, run.run_dir)
     inputs = {"source": run.source_sha256, "text": text.sha256, "calibration": to_plain(config),
               "device": run.device.type, "dtype": str(run.dtype), "code": code_sha256("generate.py")}  # fmt: skip
@@ -179,7 +187,7 @@ def _calibrate(run: Run) -> tuple[CalibrationSet, dict[str, Any]]:
     )
 
     def work() -> dict[str, Any]:
-        with progress(f"sampling {config.generated} calibration sequences") as report:
+        with progress(f"sampling {config.n_sampled} sequences") as report:
             return generate(job, report)
 
     def damage(result: dict[str, Any]) -> str | None:
@@ -189,14 +197,18 @@ def _calibrate(run: Run) -> tuple[CalibrationSet, dict[str, Any]]:
     tokens = read_generated(file, generated["sha256"])
     if tokens is None:
         raise ArtifactError(f"{file} changed while the run was reading it; run again")
-    calibration = mixed(text, tokens)
-    return calibration, facts | {"sha256": calibration.sha256, "generated": generated}
+    calibration, tuning_ids = mixed(text, tokens[: config.generated]), tokens[config.generated :]
+    facts |= {"sha256": calibration.sha256, "generated": generated}
+    return calibration, tuning_ids if len(tuning_ids) else None, facts
 
 
 def _forecast(run: Run, n_tokens: int) -> Forecast:
-    config = run.config.calibration
-    generation = generation_bytes(run.loaded, config, run.dtype) if n_tokens else 0
-    return forecast(run.loaded, run.plan, n_tokens, config.batch_size * config.sequence_length, run.dtype, generation)
+    config = _sampling(run)
+    load = Load(n_tokens, config.batch_size * config.sequence_length)
+    if n_tokens:
+        load.tuning_tokens = config.tune_generated * config.sequence_length
+        load.generation_bytes = generation_bytes(run.loaded, config, run.device, run.dtype)
+    return forecast(run.loaded, run.plan, load, run.dtype)
 
 
 def _allocate(run: Run, calibration: CalibrationSet, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +242,11 @@ def _artifact_damage(run: Run, result: dict[str, Any]) -> str | None:
 
 
 def _quantize_and_save(
-    run: Run, calibration: CalibrationSet | None, facts: dict[str, Any] | None, checkpoints: Path
+    run: Run,
+    calibration: CalibrationSet | None,
+    tuning_ids: Tensor | None,
+    facts: dict[str, Any] | None,
+    checkpoints: Path,
 ) -> dict[str, Any]:
     config, loaded = run.config, run.loaded
     batch = config.calibration.batch_size
@@ -252,7 +268,7 @@ def _quantize_and_save(
     verify_ids = torch.randint(0, vocabulary, (config.verify.n_sequences, n_tokens_verified), generator=generator)
     inputs = EngineInputs(
         loaded, run.plan, calibration.input_ids if calibration else None, verify_ids, batch,
-        run.device, run.dtype, checkpoints,
+        run.device, run.dtype, checkpoints, tuning_ids,
     )  # fmt: skip
     with progress(f"quantizing {config.name}") as report:
         result = compress_blocks(inputs, report)
@@ -262,11 +278,11 @@ def _quantize_and_save(
     if config.quant.tune.enabled:
         assert result.teacher is not None
         with progress(f"tuning {config.name}") as report:
-            note, verify_logits = tune_model(inputs, result.teacher, report)
+            note, verify_logits = tune_model(inputs, result.teacher, report, result.tuning)
         tuned = asdict(note)
         log.info(
-            "tuned: KL on held-out calibration text %.4f -> %.4f in %d of %d steps",
-            note.kl_before, note.kl_after, note.steps, note.steps_planned,
+            "tuned: KL on held-out calibration text %.4f -> %.4f in %d of %d steps, %.1f %% of codes changed",
+            note.kl_before, note.kl_after, note.steps, note.steps_planned, 100 * note.changed,
         )  # fmt: skip
         checkpoints = checkpoints / TUNED_FOLDER
     saved = artifacts.ArtifactFacts(

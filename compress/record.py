@@ -167,7 +167,10 @@ def generated_text(calibration: dict[str, Any]) -> str:
     if not made:
         return ""
     begun = f"{made['prompt_tokens']} tokens of the text" if made["prompt_tokens"] else "the first token"
+    length, n, n_tuning = calibration["sequence_length"], made["n_sequences"], made.get("n_tuning", 0)
+    parts = [f"{n} x {length}"] if n else []
+    parts += [f"for tuning alone {n_tuning} x {length}"] if n_tuning else []
     return (
-        f" and {made['n_sequences']} x {calibration['sequence_length']} sampled from the original model "
+        f" and {' and '.join(parts)} sampled from the original model "
         f"({made['n_tokens']:,} tokens drawn after {begun}, temperature {made['temperature']:g}, seed {made['seed']})"
     )

@@ -122,22 +122,22 @@ def tail_logits(loaded: LoadedModel, stream: HiddenStream, dtype: torch.dtype, h
     try:
         if head is not None:
             set_linear_weight(loaded.model.get_output_embeddings(), head)  # type: ignore[operator]
-        logits = [logits_of(loaded, stream, batch).float().cpu() for batch in range(len(stream.hidden))]
+        batches = zip(stream.token_batches, stream.hidden, strict=True)
+        logits = [logits_of(loaded, ids.to(stream.device), h.to(stream.device)).float().cpu() for ids, h in batches]
     finally:
         release_outside(loaded)
     return torch.cat(logits)
 
 
-def logits_of(loaded: LoadedModel, stream: HiddenStream, batch: int) -> Tensor:
-    """Logits [B, T, V] of one batch of hidden states that have passed every block, in the dtype of the head; what lies
-    outside the blocks must be materialized."""
+def logits_of(loaded: LoadedModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [B, T, V] of hidden states [B, T, H] that have passed every block, in the dtype of the head; what lies
+    outside the blocks must be materialized. tokens: int64 [B, T] that they were made from, on the same device."""
     last = len(loaded.blocks) - 1
 
     def stub(index: int, h: Tensor, _a: object, _k: object) -> Any:
-        value = stream.hidden[batch].to(stream.device) if index == last else h
+        value = hidden if index == last else h
         return (value,) if loaded.block_returns_tuple else value
 
-    tokens = stream.token_batches[batch].to(stream.device)
     with torch.no_grad(), _stubbed(loaded.blocks, stub):
         logits: Tensor = loaded.model(tokens, use_cache=False).logits
     return logits

@@ -1,7 +1,8 @@
-"""End-to-end tuning: the finished blocks put together, and their scales and norms trained on the original's logits.
+"""End-to-end tuning: the finished blocks put together, their scales and norms trained on the original's logits, and
+their codes where the recipe has a rate for them.
 
-Codes stay as the blocks left them. The original is present as its last hidden states, which the engine kept, so that
-only one model is on the device. What was tuned goes to a folder of checkpoints beside the blocks' own.
+The original is present as its last hidden states, which the engine kept, so that only one model is on the device. What
+was tuned goes to a folder of checkpoints beside the blocks' own.
 """
 
 from __future__ import annotations
@@ -21,22 +22,28 @@ from compress.blocks import EngineInputs
 from compress.checkpoint import BlockState, load_block, load_head, load_tuned, save_block, save_head, save_tuned
 from compress.config import TuneConfig
 from compress.errors import ArtifactError, NumericalError
-from compress.forecast import free_bytes
-from compress.learn_pass import split_batches, training_precision
+from compress.forecast import free_bytes, tuning_logit_bytes, tuning_state_bytes
+from compress.learn_pass import repeatable, split_batches, training_precision
+from compress.methods.adam import Adam
 from compress.methods.distill import TunedLinear, kl_to_teacher
-from compress.methods.signround import stored
+from compress.methods.signround import stored, unpack_offsets
 from compress.models import LoadedModel
 from compress.streams import HiddenStream, logits_of, materialize_outside, release_outside, replaced_forwards
 
 FOLDER = "tuned"
-_BETA1, _BETA2, _EPSILON = 0.9, 0.95, 1e-12
 _EVALUATIONS_PER_EPOCH = 2
+# With codes in training, the KL of a state tells little before the rate has fallen.
+_EVALUATIONS_WITH_CODES = 8
+# Adam's first steps are of full length whatever the gradient: codes would turn by chance.
+_WARMUP_STEPS = 20
+_STEPS_BETWEEN_CHECKS = 32
 
 
 @dataclass
 class TuneNote:
     """KL to the original on the held-out calibration sequences, in nats a token, before and after; steps made of
-    those planned; how many values were trained. `kl_after` is never above `kl_before`: the best state seen is kept."""
+    those planned; how many values were trained; the share of the codes that changed. `kl_after` is never above
+    `kl_before`: the best state seen is kept."""
 
     kl_before: float
     kl_after: float
@@ -44,15 +51,21 @@ class TuneNote:
     steps_planned: int
     n_scales: int
     n_norms: int
+    n_codes: int
+    changed: float
 
 
 def tune_model(
-    inputs: EngineInputs, teacher: HiddenStream, on_step: Callable[[int, int], None]
+    inputs: EngineInputs,
+    teacher: HiddenStream,
+    on_step: Callable[[int, int], None],
+    tuning: HiddenStream | None = None,
 ) -> tuple[TuneNote, Tensor]:
     """Tune what the checkpoints of `inputs` hold and write the result to their folder FOLDER, or find it there.
 
     Args:
         teacher: the original's hidden states after its last block, on all calibration tokens.
+        tuning: the same on sequences that are only learned from here.
 
     Returns:
         What happened, and float32 logits [V, T, vocab] of the tuned model on the verify tokens.
@@ -73,24 +86,27 @@ def tune_model(
             raise ArtifactError(f"the checkpoint of {block.name} is gone from {inputs.checkpoints}; run again")
         states.append(state)
     with _assembled(inputs, states) as linears:
-        tuner = _Tuner(inputs, teacher, linears)
+        tuner = _Tuner(inputs, _Lessons(teacher, tuning, inputs.device), linears)
         free = free_bytes(inputs.device)
-        recompute = free is not None and _activation_bytes(inputs, teacher) > free // 4
+        recompute = free is not None and tuner.tokens_at_once * _bytes_per_token(inputs) > free // 4
         try:
-            with _recomputed(loaded) if recompute else nullcontext():
+            with repeatable(inputs.device), _recomputed(loaded) if recompute else nullcontext():
                 note = tuner.run(on_step)
             verify_logits = tuner.verify_logits()
         finally:
             _put_back(loaded.model, tuner.fixed_norms | tuner.original_head)
         norms = tuner.changed_norms()
+    n_changed = 0
     for index, (block, state) in enumerate(zip(loaded.blocks, states, strict=True)):
         prefix = f"{block.name}."
-        quantized = {name: linears[prefix + name].quantized().to("cpu") for name in state.quantized}
+        quantized = {name: linears[prefix + name].learned.quantized().to("cpu") for name in state.quantized}
+        n_changed += sum(int((q.codes != state.quantized[name].codes).sum()) for name, q in quantized.items())
         own = {n.removeprefix(prefix): v for n, v in norms.items() if n.startswith(prefix)}
         save_block(out, index, BlockState(quantized, state.changed | own, state.reports))
     head = load_head(inputs.checkpoints)
     if head is not None:  # as it is: the folder holds all that the artifact is made of
         save_head(out, head)
+    note.changed = n_changed / max(note.n_codes, 1)
     outside = set(loaded.outside_blocks())
     save_tuned(out, {n: v for n, v in norms.items() if n in outside}, verify_logits, asdict(note))
     return note, verify_logits
@@ -99,7 +115,7 @@ def tune_model(
 @contextmanager
 def _assembled(inputs: EngineInputs, states: list[BlockState]) -> Iterator[dict[str, TunedLinear]]:
     """The whole quantized model on the device, its linears replaced; by full name. Taken apart again after."""
-    loaded, device, dtype = inputs.loaded, inputs.device, inputs.dtype
+    loaded, device, dtype, config = inputs.loaded, inputs.device, inputs.dtype, inputs.plan.config.tune
     linears: dict[str, TunedLinear] = {}
     originals: dict[str, nn.Module] = {}
     materialize_outside(loaded, device, dtype, with_head=True)
@@ -112,7 +128,10 @@ def _assembled(inputs: EngineInputs, states: list[BlockState]) -> Iterator[dict[
                 if bias is not None:
                     value = state.changed.get(f"{name}.bias", loaded.tensor(f"{full}.bias"))
                     bias = nn.Parameter(value.to(device, dtype), requires_grad=False)
-                linears[full] = TunedLinear(quantized.to(device), bias).to(device)
+                offsets = None
+                if config.trains_codes:
+                    offsets = config.pull * unpack_offsets(state.offsets[name].to(device))
+                linears[full] = TunedLinear(quantized.to(device), bias, offsets)
                 originals[full] = module
                 _replace(loaded.model, full, linears[full])
             loaded.materialize(block.name, device, dtype)
@@ -134,11 +153,42 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+class _Lessons:
+    """Batches of sequences, as many in each as in calibration, with the original's last hidden states: those of the
+    calibration first, then those for tuning alone."""
+
+    def __init__(self, teacher: HiddenStream, tuning: HiddenStream | None, device: torch.device) -> None:
+        streams = [teacher] if tuning is None else [teacher, tuning]
+        size = teacher.token_batches[0].shape[0]
+        self.device = device
+        self.tokens = [part.to(device) for s in streams for ids in s.token_batches for part in ids.split(size)]
+        self.hidden = [part for s in streams for hidden in s.hidden for part in hidden.split(size)]
+        self.n_calibration = len(teacher.hidden)
+
+    def split(self, share: float) -> tuple[list[int], list[int]]:
+        """Batches to learn from, and those that only judge, which are the last ones of the calibration."""
+        training, held_out = split_batches(self.n_calibration, share)
+        return training + list(range(self.n_calibration, len(self.tokens))), held_out
+
+    def together(self, batches: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T] and hidden states [B, T, H] of several batches, on the device."""
+        tokens = torch.cat([self.tokens[i] for i in batches])
+        return tokens, torch.cat([self.hidden[i] for i in batches]).to(self.device)
+
+
+@dataclass
+class _Snapshot:
+    """A state to go back to: of each linear, and the norms in order."""
+
+    linears: list[tuple[Tensor | None, Tensor]]
+    norms: list[Tensor]
+
+
 class _Tuner:
     """One training run over an assembled model."""
 
-    def __init__(self, inputs: EngineInputs, teacher: HiddenStream, linears: dict[str, TunedLinear]) -> None:
-        self.inputs, self.teacher, self.linears = inputs, teacher, linears
+    def __init__(self, inputs: EngineInputs, lessons: _Lessons, linears: dict[str, TunedLinear]) -> None:
+        self.inputs, self.lessons, self.linears = inputs, lessons, linears
         self.config: TuneConfig = inputs.plan.config.tune
         self.model = inputs.loaded.model
         self.norm_dtype = inputs.loaded.dtype
@@ -148,11 +198,20 @@ class _Tuner:
         }
         self.original_head, self.quantized_head = self._heads()
         self.norms = {n: nn.Parameter(p.float().clone()) for n, p in self.fixed_norms.items()}
-        gains = [linear.gain for linear in linears.values()]
-        self.groups = [(gains, self.config.scale_rate), (list(self.norms.values()), self.config.norm_rate)]
-        self.moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {
-            p: (torch.zeros_like(p), torch.zeros_like(p)) for parameters, _ in self.groups for p in parameters
-        }
+        learned = [linear.learned for linear in linears.values()]
+        codes = [w.u for w in learned if isinstance(w.u, nn.Parameter)]
+        self.n_codes = sum(u.numel() for u in codes)
+        self.adam = Adam(
+            [
+                ([w.gain for w in learned], self.config.scale_rate),
+                (list(self.norms.values()), self.config.norm_rate),
+                (codes, self.config.code_rate),
+            ]
+        )
+        self.per_step = max(1, round(self.config.batch_sequences / lessons.tokens[0].shape[0]))
+        self.at_once = min(self.per_step, _batches_at_once(inputs, lessons.tokens[0].numel()))
+        self.tokens_at_once = self.at_once * lessons.tokens[0].numel()
+        self.loss_sum = torch.zeros((), device=inputs.device)
 
     def _heads(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weight of the head by its name, the original's and the quantized model's; nothing where they are the same."""
@@ -164,29 +223,26 @@ class _Tuner:
         return original, quantized
 
     def run(self, on_step: Callable[[int, int], None]) -> TuneNote:
-        config, n_batches = self.config, len(self.teacher.hidden)
-        training, held_out = split_batches(n_batches, config.held_out)
-        per_step = max(1, round(config.batch_sequences / self.teacher.token_batches[0].shape[0]))
-        planned = max(1, round(config.epochs * len(training) / per_step))
-        every = max(1, round(len(training) / per_step / _EVALUATIONS_PER_EPOCH))
+        config = self.config
+        training, held_out = self.lessons.split(config.held_out)
+        planned = max(1, round(config.epochs * len(training) / self.per_step))
+        if config.trains_codes:
+            every, patience = max(1, round(planned / _EVALUATIONS_WITH_CODES)), planned
+        else:
+            every = max(1, round(len(training) / self.per_step / _EVALUATIONS_PER_EPOCH))
+            patience = config.patience
         before = best = self._held_out_kl(held_out)
         best_state = self._snapshot()
-        order, shuffle = list(training), random.Random(0)
-        position, worse, step = len(order), 0, 0
-        while step < planned and worse < config.patience:
-            for _ in range(per_step):
-                if position == len(order):
-                    shuffle.shuffle(order)
-                    position = 0
-                with torch.enable_grad():
-                    loss = self._loss(order[position]) / per_step
-                    if not torch.isfinite(loss):
-                        raise NumericalError(f"end-to-end tuning met a KL of {loss.item()}; use compute_dtype=float32")
-                    loss.backward()  # type: ignore[no-untyped-call]
-                position += 1
-            self._step(step, 1 - step / planned)
+        draws = _epochs(training)
+        worse = step = 0
+        while step < planned and worse < patience:
+            self._gradients([next(draws) for _ in range(self.per_step)])
+            self.adam.step(self._rate(step, planned))
             step += 1
-            if step % every == 0 or step == planned:
+            judged = step % every == 0 or step == planned
+            if judged or step % _STEPS_BETWEEN_CHECKS == 0:
+                self._check_losses()
+            if judged:
                 kl = self._held_out_kl(held_out)
                 if kl < best:
                     best, best_state, worse = kl, self._snapshot(), 0
@@ -194,15 +250,37 @@ class _Tuner:
                     worse += 1
             on_step(step, planned)
         self._restore(best_state)
-        n_scales = sum(linear.gain.numel() for linear in self.linears.values())
-        return TuneNote(before, best, step, planned, n_scales, sum(p.numel() for p in self.norms.values()))
+        n_scales = sum(linear.learned.gain.numel() for linear in self.linears.values())
+        n_norms = sum(p.numel() for p in self.norms.values())
+        return TuneNote(before, best, step, planned, n_scales, n_norms, self.n_codes, 0.0)
 
-    def _loss(self, batch: int) -> Tensor:
-        """KL to the original on one batch: a scalar with a gradient."""
-        tokens = self.teacher.token_batches[batch].to(self.inputs.device)
+    def _rate(self, step: int, planned: int) -> float:
+        """Share of the rates at a step: falling to 0."""
+        left = 1 - step / planned
+        return left * min(1, (step + 1) / _WARMUP_STEPS) if self.n_codes else left
+
+    def _gradients(self, batches: list[int]) -> None:
+        """Add those of the mean loss of some batches to the parameters'."""
+        for some in self._portions(batches):
+            with torch.enable_grad():
+                loss = self._loss(some) * len(some) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.loss_sum += loss.detach()  # looked at now and then: every look waits for the device
+
+    def _portions(self, batches: list[int]) -> Iterator[list[int]]:
+        for i in range(0, len(batches), self.at_once):
+            yield batches[i : i + self.at_once]
+
+    def _check_losses(self) -> None:
+        if not torch.isfinite(self.loss_sum):
+            raise NumericalError(f"end-to-end tuning met a KL of {self.loss_sum.item()}; use compute_dtype=float32")
+
+    def _loss(self, batches: list[int]) -> Tensor:
+        """KL to the original on some batches: a scalar with a gradient."""
+        tokens, hidden = self.lessons.together(batches)
         with training_precision(self.inputs.device, self.inputs.dtype):
             _place(self.model, self.fixed_norms | self.original_head)  # for the original's head
-            target = logits_of(self.inputs.loaded, self.teacher, batch)
+            target = logits_of(self.inputs.loaded, tokens, hidden)
             _place(self.model, self._live_norms() | self.quantized_head)
             logits = self.model(tokens, use_cache=False).logits
         return kl_to_teacher(logits, target)
@@ -210,31 +288,19 @@ class _Tuner:
     def _live_norms(self) -> dict[str, Tensor]:
         return {n: stored(p, self.norm_dtype).to(self.inputs.dtype) for n, p in self.norms.items()}
 
+    @torch.no_grad()
     def _held_out_kl(self, batches: list[int]) -> float:
-        with torch.no_grad():
-            return sum(float(self._loss(i)) for i in batches) / len(batches)
+        return sum(float(self._loss(some)) * len(some) for some in self._portions(batches)) / len(batches)
+
+    def _snapshot(self) -> _Snapshot:
+        norms = [p.detach().clone() for p in self.norms.values()]
+        return _Snapshot([linear.learned.state() for linear in self.linears.values()], norms)
 
     @torch.no_grad()
-    def _step(self, step: int, left: float) -> None:
-        """Adam with a falling rate; gains start at 1, so a rate is a relative change."""
-        for parameters, rate in self.groups:
-            for p in parameters:
-                if p.grad is None:
-                    continue
-                mean, square = self.moments[p]
-                mean.mul_(_BETA1).add_(p.grad, alpha=1 - _BETA1)
-                square.mul_(_BETA2).addcmul_(p.grad, p.grad, value=1 - _BETA2)
-                unbiased = mean / (1 - _BETA1 ** (step + 1))
-                spread = (square / (1 - _BETA2 ** (step + 1))).sqrt_().add_(_EPSILON)
-                p.addcdiv_(unbiased, spread, value=-rate * left)
-                p.grad = None
-
-    def _snapshot(self) -> list[Tensor]:
-        return [p.detach().clone() for parameters, _ in self.groups for p in parameters]
-
-    @torch.no_grad()
-    def _restore(self, values: list[Tensor]) -> None:
-        for p, value in zip((p for parameters, _ in self.groups for p in parameters), values, strict=True):
+    def _restore(self, snapshot: _Snapshot) -> None:
+        for linear, state in zip(self.linears.values(), snapshot.linears, strict=True):
+            linear.learned.set_state(state)
+        for p, value in zip(self.norms.values(), snapshot.norms, strict=True):
             p.copy_(value)
 
     def changed_norms(self) -> dict[str, Tensor]:
@@ -248,6 +314,14 @@ class _Tuner:
         _place(self.model, self._live_norms() | self.quantized_head)
         logits: Tensor = self.model(self.inputs.verify_ids.to(self.inputs.device), use_cache=False).logits
         return logits.float().cpu()
+
+
+def _epochs(batches: list[int]) -> Iterator[int]:
+    """The batches over and over, each time in another order."""
+    order, shuffle = list(batches), random.Random(0)
+    while True:
+        shuffle.shuffle(order)
+        yield from order
 
 
 def _place(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -283,8 +357,20 @@ def _recomputed(loaded: LoadedModel) -> AbstractContextManager[None]:
     return replaced_forwards(loaded.blocks, wrap)
 
 
-def _activation_bytes(inputs: EngineInputs, teacher: HiddenStream) -> int:
-    """About what the backward pass of one batch keeps: inputs and outputs of every linear, twice for what lies
-    between them."""
-    tokens = max(batch.numel() for batch in teacher.token_batches)
-    return 2 * tokens * sum(p.n + p.k for p in inputs.plan.linears) * inputs.dtype.itemsize
+def _bytes_per_token(inputs: EngineInputs) -> int:
+    """About what the backward pass keeps for a token: inputs and outputs of every linear, twice for what lies between
+    them."""
+    return 2 * sum(p.n + p.k for p in inputs.plan.linears) * inputs.dtype.itemsize
+
+
+def _batches_at_once(inputs: EngineInputs, batch_tokens: int) -> int:
+    """Batches that pass the model together: on a GPU as many as take a quarter of what its memory has beside the model.
+
+    Of all its memory, not of what is free at the moment: the sums of a step, and so the result, depend on it.
+    """
+    if inputs.device.type != "cuda":
+        return 1
+    total = torch.cuda.get_device_properties(inputs.device).total_memory
+    room = total - tuning_state_bytes(inputs.loaded, inputs.plan, inputs.dtype)
+    one = batch_tokens * _bytes_per_token(inputs) + tuning_logit_bytes(inputs.loaded, batch_tokens)
+    return max(1, room // 4 // one)

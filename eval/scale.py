@@ -33,7 +33,7 @@ from compress.atomic import write_json
 from compress.blocks import EngineInputs, compress_blocks
 from compress.config import ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
 from compress.environment import describe
-from compress.forecast import forecast
+from compress.forecast import Load, forecast
 from compress.models import choose_device, load_model
 from compress.plan import make_plan
 
@@ -113,7 +113,7 @@ def measure(job: Job, device: torch.device, work: Path) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, vocabulary, (job.sequences, job.length), generator=generator)
         needs = METHODS[job.method].needs_calibration
-        expected = forecast(loaded, plan, ids.numel() if needs else 0, job.batch * job.length, dtype)
+        expected = forecast(loaded, plan, Load(ids.numel() if needs else 0, job.batch * job.length), dtype)
         marks = [time.perf_counter()]
         with tempfile.TemporaryDirectory(dir=work) as checkpoints:
             inputs = EngineInputs(

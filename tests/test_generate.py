@@ -134,7 +134,7 @@ def test_sampling_goes_on_where_it_was_stopped(job: GenerateJob, monkeypatch: py
 def test_a_model_too_large_to_sample_from_says_so(job: GenerateJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the weights alone in float32 are more than is free."""
     monkeypatch.setattr(generation, "free_bytes", lambda _: 4 * 80_000)
-    with pytest.raises(EnvironmentProblem, match=r"lower calibration.generated_batch_size, or set calibration.generat"):
+    with pytest.raises(EnvironmentProblem, match=r"set calibration.generated_batch_size lower, or calibration.gen"):
         generate(job, quiet)
 
 

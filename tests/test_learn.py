@@ -29,7 +29,7 @@ from compress.learn_pass import split_batches
 from compress.loading import load
 from compress.methods.distill import TunedLinear, kl_to_teacher
 from compress.methods.rtn import rtn_quantize
-from compress.methods.signround import LearnedWeight
+from compress.methods.signround import LearnedWeight, cell_offsets
 from compress.pipeline import run_pipeline
 from compress.quant import Granularity, QuantizedWeight, QuantScheme
 from compress.tune import FOLDER, TuneNote, tune_model
@@ -66,7 +66,7 @@ def test_a_learned_weight_begins_where_it_was_told(scheme: QuantScheme, pull: fl
     """Oracle: the given codes and scales, through the dense weight and back, bit for bit."""
     weight = random_weight()
     start = rounded(scheme, weight)
-    learned = LearnedWeight(start, weight, pull)
+    learned = LearnedWeight(start, pull * cell_offsets(start, weight))
     result = learned.quantized()
     assert torch.equal(result.codes, start.codes) and torch.equal(result.scale, start.scale)
     assert result.scale.dtype == torch.bfloat16 and torch.equal(result.zero, start.zero)
@@ -78,7 +78,7 @@ def test_gradients_pass_the_rounding(scheme: QuantScheme) -> None:
     """Oracle: autograd through (steps + u - u.detach()) * scale * gain, written out."""
     weight = random_weight()
     start = rounded(scheme, weight)
-    learned = LearnedWeight(start, weight, 0.5)
+    learned = LearnedWeight(start, 0.5 * cell_offsets(start, weight))
     direction = random_weight(seed=1)
     (learned() * direction).sum().backward()
 
@@ -98,7 +98,7 @@ def test_gradients_pass_the_rounding(scheme: QuantScheme) -> None:
 def test_codes_stay_in_range() -> None:
     """Oracle: 0 .. 2^bits - 1, however far the steps go."""
     weight = random_weight()
-    learned = LearnedWeight(rounded(QuantScheme(bits=2, group_size=16), weight), weight, 0.0)
+    learned = LearnedWeight(rounded(QuantScheme(bits=2, group_size=16), weight), torch.zeros_like(weight))
     for _ in range(5):
         learned.u.grad = torch.randn_like(learned.u)
         learned.step(10.0, 0.0)
@@ -109,7 +109,8 @@ def test_codes_stay_in_range() -> None:
 def test_steps_follow_the_sign_of_the_gradient() -> None:
     """Oracle: u - rate * sign(gradient), and no gradient left; a rate of 0 leaves the gain alone."""
     weight = random_weight()
-    learned = LearnedWeight(rounded(SCHEMES[0], weight), weight, 0.5)
+    start = rounded(SCHEMES[0], weight)
+    learned = LearnedWeight(start, 0.5 * cell_offsets(start, weight))
     before, direction = learned.u.detach().clone(), random_weight(seed=3)
     learned.u.grad, learned.gain.grad = direction.clone(), torch.ones_like(learned.gain)
     learned.step(0.25, 0.0)
@@ -156,10 +157,12 @@ def test_a_tuned_linear_is_the_dequantized_one(scheme: QuantScheme) -> None:
     torch.testing.assert_close(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()
-    assert linear.gain.grad is not None and gain.grad is not None and x1.grad is not None and x2.grad is not None
-    torch.testing.assert_close(linear.gain.grad, gain.grad, rtol=1e-4, atol=1e-3)
+    assert (
+        linear.learned.gain.grad is not None and gain.grad is not None and x1.grad is not None and x2.grad is not None
+    )
+    torch.testing.assert_close(linear.learned.gain.grad, gain.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-4, atol=1e-3)
-    assert torch.equal(linear.quantized().dequantize(), start.dequantize())
+    assert torch.equal(linear.learned.quantized().dequantize(), start.dequantize())
 
 
 # over a live model

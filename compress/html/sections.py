@@ -275,8 +275,9 @@ def layers_section(record: Record, figures: dict[str, Figure]) -> str:
         tuned = record["tuned"]
         notes += (
             f" Tuned end to end: KL on held-out calibration text {tuned['kl_before']:.4f} → {tuned['kl_after']:.4f} "
-            f"in {tuned['steps']} of {tuned['steps_planned']} steps."
+            f"in {tuned['steps']} of {tuned['steps_planned']} steps"
         )
+        notes += f", {tuned['changed']:.1%} of the codes changed." if tuned.get("n_codes") else "."
     return (
         f"<h2>Layers</h2><p class='note'>{notes}</p>"
         + chart_card("layers", "Relative error by layer", figures)

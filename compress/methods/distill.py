@@ -1,8 +1,14 @@
-"""End-to-end tuning of what is not codes: scales, by KL to the original model's logits.
+"""End-to-end tuning of a quantized model by KL to the original's logits: of its scales, and of its codes too.
 
-Paper: EfficientQAT (arXiv 2407.11062), second phase: the codes stay, the scale of each group is trained through the
-whole network. Here against the original's distribution instead of the next token, which is a lesson in every entry of
-the vocabulary rather than in one, and so needs little text.
+Papers: EfficientQAT (arXiv 2407.11062), second phase: the codes stay, the scale of each group is trained through the
+whole network. LLM-QAT (arXiv 2305.17888): all weights are trained by distillation on text that the model itself wrote,
+a straight-through estimate passing the gradient through the rounding.
+
+Differs from EfficientQAT: the loss is the distance to the original's distribution instead of the next token, which is a
+lesson in every entry of the vocabulary rather than in one, and so needs little text. From LLM-QAT: it begins with the
+codes of a finished post-training quantization, every weight at most half a step from where its code turns, so that some
+hundred steps suffice; scales are trained with the codes and are what will be stored; only weights are quantized. Where
+a weight lies in units of its step is what Adam moves, so that one rate suits all layers.
 """
 
 from __future__ import annotations
@@ -13,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.methods.signround import stored
-from compress.quant import QuantizedWeight, group_view
+from compress.methods.signround import LearnedWeight, nearest_steps
+from compress.quant import QuantizedWeight
 
 # Rows of float32 tables [rows, V] at work at a time on a CPU: chunks that stay in the cache halve the time.
 _CPU_CHUNK_ELEMENTS = 2**20
@@ -54,58 +60,45 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
     return value
 
 
-class _ScaledProduct(torch.autograd.Function):
-    """x [..., K] times the dequantized weight; the dense weight is made anew in the backward pass, not kept."""
+class _RoundedProduct(torch.autograd.Function):
+    """x [..., K] times the weight of codes round(u), clamped to low .. high, and scales; the dense weight is made anew
+    in the backward pass, not kept. See `LearnedWeight` for shapes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, steps: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, steps, scale)
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, u, scale, low, high)
         ctx.shape = shape
-        return F.linear(x, _dense(steps, scale, shape, x.dtype))
+        steps, _ = nearest_steps(u, low, high, shape)
+        return F.linear(x, steps.mul_(scale.unsqueeze(-1)).view(u.shape).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        x, steps, scale = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+        x, u, scale, low, high = ctx.saved_tensors
         grad = grads[0]
-        dx = grad @ _dense(steps, scale, ctx.shape, grad.dtype)
+        steps, rounded = nearest_steps(u, low, high, ctx.shape)
+        dx = grad @ (steps * scale.unsqueeze(-1)).view(u.shape).to(grad.dtype)
         dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        grad_scale = (dense.view(steps.shape).float() * steps).sum(-1)
-        return dx, None, grad_scale, None
-
-
-def _dense(steps: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return (steps.float() * scale.unsqueeze(-1)).reshape(shape).to(dtype)
+        dense = dense.view(steps.shape).float()
+        grad_scale = (dense * steps).sum(-1)
+        grad_u = None
+        if ctx.needs_input_grad[1]:  # beyond the last code a move changes nothing
+            grad_u = dense.mul_(scale.unsqueeze(-1)).mul_(steps == rounded).view(u.shape)
+        return dx, grad_u, grad_scale, None, None, None
 
 
 class TunedLinear(nn.Module):
-    """A quantized linear whose scales can be trained. gain: float32 [N', G], around 1; codes are int8 steps from the
-    zero point (int16 at 8 bits)."""
+    """A quantized linear whose scales can be trained, and its codes where `offsets` are given, as `LearnedWeight` has
+    them."""
 
-    steps: Tensor
-    scale0: Tensor
-
-    def __init__(self, start: QuantizedWeight, bias: nn.Parameter | None) -> None:
+    def __init__(self, start: QuantizedWeight, bias: nn.Parameter | None, offsets: Tensor | None = None) -> None:
         super().__init__()
-        self.start, self.bias = start, bias
-        zero = start.zero.to(torch.int16).unsqueeze(-1)
-        steps = group_view(start.codes, start.scheme).to(torch.int16) - zero
-        self.register_buffer("steps", steps.to(torch.int8) if start.scheme.bits < 8 else steps)
-        self.register_buffer("scale0", start.scale.float())
-        self.gain = nn.Parameter(torch.ones_like(self.scale0))
-
-    def scale(self) -> Tensor:
-        """float32 [N', G], as the stored dtype will hold it."""
-        return stored(self.scale0 * self.gain, self.start.scale.dtype)
+        self.learned, self.bias = LearnedWeight(start, offsets), bias
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _ScaledProduct.apply(x, self.steps, self.scale(), self.start.shape)
+        w = self.learned
+        y: Tensor = _RoundedProduct.apply(x, w.u, w.scale(), w.low, w.high, w.shape)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    @torch.no_grad()
-    def quantized(self) -> QuantizedWeight:
-        """The weight with the scales as trained."""
-        return QuantizedWeight(
-            self.start.codes, self.scale().to(self.start.scale.dtype), self.start.zero, self.start.scheme
-        )

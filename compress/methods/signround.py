@@ -21,13 +21,19 @@ from torch import Tensor, nn
 from compress.quant import QuantizedWeight, group_view
 
 
+def nearest_steps(u: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """u [N, K], in steps from the zero point, as the codes' own steps and before they are clamped to low .. high
+    [N', G]: both float32 [N', G, E]."""
+    rounded = u.float().view(shape).round()
+    return torch.clamp(rounded, low.unsqueeze(-1), high.unsqueeze(-1)), rounded
+
+
 class _RoundToCodes(torch.autograd.Function):
     """(u [N, K], scale [N', G], lowest and highest code - zero [N', G]) -> dense [N, K]; straight through."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...]) -> Tensor:
-        steps = u.round().view(shape)
-        steps = torch.minimum(torch.maximum(steps, low.unsqueeze(-1)), high.unsqueeze(-1))
+        steps, _ = nearest_steps(u, low, high, shape)
         ctx.save_for_backward(steps, scale)
         return (steps * scale.unsqueeze(-1)).view(u.shape)
 
@@ -56,18 +62,42 @@ def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-class LearnedWeight(nn.Module):
-    """A quantized weight whose codes and scales can be learned.
+_CELL_UNITS = 254  # of an int8 in the width of a rounding cell
 
-    u: float32 [N, K], in steps from the zero point; gain: float32 [N', G], around 1.
+
+def cell_offsets(start: QuantizedWeight, weight: Tensor) -> Tensor:
+    """Where in its code's rounding cell each real weight [N, K] lies, or the nearest point of the cell: float32 [N, K],
+    -0.5 .. 0.5 of a step from the code."""
+    steps = group_view(start.codes.float(), start.scheme) - start.zero.float().unsqueeze(-1)
+    real = group_view(weight.float(), start.scheme) / start.scale.float().unsqueeze(-1)
+    return (real - steps).clamp(-0.5, 0.5).reshape(weight.shape)
+
+
+def pack_offsets(offsets: Tensor) -> Tensor:
+    """`cell_offsets` in one byte each: int8 [N, K]."""
+    return (offsets * _CELL_UNITS).round().to(torch.int8)
+
+
+def unpack_offsets(packed: Tensor) -> Tensor:
+    """The inverse of `pack_offsets`, to half of 1/254 step: float32 [N, K]."""
+    return packed.float() / _CELL_UNITS
+
+
+class LearnedWeight(nn.Module):
+    """A quantized weight whose scales can be learned, and its codes.
+
+    u: [N, K], in steps from the zero point, float32 where the codes are learned, else integers; gain: float32 [N', G],
+    around 1.
 
     Args:
         start: the codes, scales and zero points to begin with.
-        weight: [N, K], the real values they stand for.
-        pull: 0 begins in the middle of each rounding cell, 1 at its point nearest to the real weight.
+        offsets: [N, K], where in its rounding cell each weight begins, in steps from its code: `cell_offsets` times how
+            far towards the real weight it is to lie. None: codes stay as they are.
     """
 
-    def __init__(self, start: QuantizedWeight, weight: Tensor, pull: float) -> None:
+    u: Tensor
+
+    def __init__(self, start: QuantizedWeight, offsets: Tensor | None) -> None:
         super().__init__()
         scheme, zero = start.scheme, start.zero.float()
         self.scheme, self.zero, self.scale_dtype = scheme, start.zero, start.scale.dtype
@@ -75,13 +105,16 @@ class LearnedWeight(nn.Module):
         self.low, self.high = -zero, scheme.max_code - zero
         codes = group_view(start.codes.float(), scheme)
         self.shape = tuple(codes.shape)
-        steps = codes - zero.unsqueeze(-1)
-        real = group_view(weight.float(), scheme) / self.scale0.unsqueeze(-1)
-        u = steps + pull * (real - steps).clamp(-0.5, 0.5)
-        self.u = nn.Parameter(u.reshape(weight.shape))
+        self.steps_dtype = torch.int8 if scheme.bits < 8 else torch.int16
+        steps = (codes - zero.unsqueeze(-1)).reshape(start.shape)
+        if offsets is None:
+            self.register_buffer("u", steps.to(self.steps_dtype))
+        else:
+            self.u = nn.Parameter(steps + offsets)
         self.gain = nn.Parameter(torch.ones_like(self.scale0))
 
     def scale(self) -> Tensor:
+        """float32 [N', G], as the stored dtype will hold it."""
         return stored(self.scale0 * self.gain, self.scale_dtype)
 
     def forward(self) -> Tensor:
@@ -98,9 +131,26 @@ class LearnedWeight(nn.Module):
                 parameter.grad = None
 
     @torch.no_grad()
+    def state(self) -> tuple[Tensor | None, Tensor]:
+        """What is learned, on the CPU: codes in steps from the zero point [N, K] in a byte each, two at 8 bits (None
+        where they stay), and gains. Where in its cell a weight lies is not kept."""
+        steps = None
+        if isinstance(self.u, nn.Parameter):
+            steps = nearest_steps(self.u, self.low, self.high, self.shape)[0].to(self.steps_dtype).to("cpu")
+            steps = steps.reshape(self.u.shape)
+        return steps, self.gain.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def set_state(self, state: tuple[Tensor | None, Tensor]) -> None:
+        """Go back to a `state`."""
+        steps, gain = state
+        if steps is not None:
+            self.u.copy_(steps)
+        self.gain.copy_(gain)
+
+    @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """What was learned, as codes [N, K], scales and zero points."""
-        steps = self.u.round().view(self.shape)
-        steps = torch.minimum(torch.maximum(steps, self.low.unsqueeze(-1)), self.high.unsqueeze(-1))
+        steps, _ = nearest_steps(self.u, self.low, self.high, self.shape)
         codes = (steps - self.low.unsqueeze(-1)).to(torch.uint8).reshape(self.u.shape)
         return QuantizedWeight(codes, self.scale().to(self.scale_dtype), self.zero, self.scheme)
