@@ -255,9 +255,9 @@ class _Tuner:
         return TuneNote(before, best, step, planned, n_scales, n_norms, self.n_codes, 0.0)
 
     def _rate(self, step: int, planned: int) -> float:
-        """Share of the rates at a step: falling to 0."""
-        left = 1 - step / planned
-        return left * min(1, (step + 1) / _WARMUP_STEPS) if self.n_codes else left
+        """Share of the rates at a step: falling to 0, for codes after a short rise."""
+        rise = max(1, min(_WARMUP_STEPS, planned // 4)) if self.n_codes else 1
+        return (1 - step / planned) * min(1, (step + 1) / rise)
 
     def _gradients(self, batches: list[int]) -> None:
         """Add those of the mean loss of some batches to the parameters'."""

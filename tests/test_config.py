@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -27,6 +28,7 @@ from compress.config import (
     RunConfig,
     SchemeConfig,
     Transform,
+    TuneConfig,
     VerifyConfig,
     to_plain,
 )
@@ -87,6 +89,22 @@ def test_awq4_is_the_default_and_command_line_wins_over_recipe() -> None:
     assert composed("recipe=gptq3", "quant.scheme.bits=2").quant.scheme.bits == 2
 
 
+@pytest.mark.parametrize("recipe", ["best4", "best3", "best2", "mixed3_5"])
+def test_codes_are_trained_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the README: on a CPU the settings of `TuneConfig` itself; device=auto goes by what torch sees; the
+    command line wins over both."""
+    on_cpu, on_gpu = (composed(f"recipe={recipe}", f"device={device}") for device in ("cpu", "cuda:1"))
+    assert on_cpu.quant.tune == TuneConfig(enabled=True) and on_cpu.calibration.tune_generated == 0
+    assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == 2048
+    n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + 2048
+    assert 950 < on_gpu.quant.tune.epochs * n / on_gpu.quant.tune.batch_sequences < 1050
+    for seen, expected in ((True, on_gpu), (False, on_cpu)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
+        assert composed(f"recipe={recipe}").quant.tune == expected.quant.tune
+    own = composed(f"recipe={recipe}", "device=cuda", "quant.tune.code_rate=0.5", "calibration.tune_generated=7")
+    assert own.quant.tune.code_rate == 0.5 and own.calibration.tune_generated == 7
+
+
 def test_overrides_take_patterns_that_no_schema_could_declare() -> None:
     """Oracle: the dictionary itself, as written in the README."""
     config = composed("quant.overrides={*.down_proj:{bits:8},*.v_proj:{symmetric:false}}")
@@ -117,6 +135,8 @@ def test_enum_members_are_named_by_their_value(kind: type[Enum]) -> None:
         (lambda: HqqConfig(kappa=0.9), "quant.hqq.kappa=0.9"),
         (lambda: HqqConfig(iterations=0), "quant.hqq.iterations=0"),
         (lambda: CalibrationConfig(n_sequences=0), "calibration.n_sequences=0"),
+        (lambda: CalibrationConfig(tune_generated=-1), "calibration.tune_generated=-1"),
+        (lambda: CalibrationConfig(generated_batch_size=0), "calibration.generated_batch_size=0"),
         (lambda: CalibrationConfig(path="a", dataset="b"), "calibration.path and calibration.dataset"),
         (lambda: VerifyConfig(n_sequences=0), "verify.n_sequences=0"),
         (lambda: VerifyConfig(max_relative_error=1e9), "would let a broken artifact pass"),

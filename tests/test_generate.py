@@ -16,7 +16,17 @@ import compress.generate as generation
 from compress.calibration import CalibrationSet
 from compress.config import CalibrationConfig
 from compress.errors import ConfigError, EnvironmentProblem, NumericalError, UnsupportedModel
-from compress.generate import GenerateJob, beginnings, continue_sequences, draw, generate, mixed, read_generated
+from compress.generate import (
+    GenerateJob,
+    beginnings,
+    continue_sequences,
+    draw,
+    generate,
+    generation_bytes,
+    mixed,
+    read_generated,
+    sampling_batch,
+)
 from compress.models import load_model
 from compress.pipeline import run_pipeline
 
@@ -136,6 +146,36 @@ def test_a_model_too_large_to_sample_from_says_so(job: GenerateJob, monkeypatch:
     monkeypatch.setattr(generation, "free_bytes", lambda _: 4 * 80_000)
     with pytest.raises(EnvironmentProblem, match=r"set calibration.generated_batch_size lower, or calibration.gen"):
         generate(job, quiet)
+
+
+def test_sequences_for_tuning_come_after_the_others(job: GenerateJob) -> None:
+    """Oracle: the sampling without them: what blocks are calibrated on does not depend on how many there are."""
+    alone = generate(replace(job, file=job.file.with_name("alone")), quiet)
+    more = generate(replace(job, config=replace(job.config, tune_generated=4)), quiet)
+    tokens = read_generated(job.file, more["sha256"])
+    first = read_generated(job.file.with_name("alone"), alone["sha256"])
+    assert tokens is not None and first is not None and tokens.shape == (9, 12) and torch.equal(tokens[:5], first)
+    assert (more["n_sequences"], more["n_tuning"], more["n_tokens"]) == (5, 4, 9 * 8)
+
+
+def test_batch_of_a_sampling(job: GenerateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles: the settings; on a GPU half of its memory, by the bytes of one more doubling; never more sequences than
+    are wanted."""
+
+    def rows(device: str, total: int = 2**40, free: int = 2**40, **changes: int | None) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, total))
+        config = replace(job.config, **{"generated": 5000, "generated_batch_size": None} | changes)
+        return sampling_batch(job.loaded, config, torch.device(device), torch.float32)
+
+    assert rows("cpu") == 64 and rows("cpu", generated=5) == 5 and rows("cpu", generated_batch_size=7) == 7
+    assert rows("cuda") == 2048 and rows("cuda", generated=300) == 300 and rows("cuda", generated_batch_size=7) == 7
+    one, two = (
+        generation_bytes(job.loaded, replace(job.config, generated=9, generated_batch_size=n), CPU, torch.float32)
+        for n in (1, 2)
+    )
+    fits = one + 99 * (two - one)  # a hundred sequences
+    assert rows("cuda", total=2 * fits) == rows("cuda", free=fits) == 64
+    assert rows("cuda", free=1) == 1
 
 
 def test_settings_that_leave_nothing_to_sample() -> None:

@@ -274,7 +274,8 @@ def layers_section(record: Record, figures: dict[str, Figure]) -> str:
     if record.get("tuned"):
         tuned = record["tuned"]
         notes += (
-            f" Tuned end to end: KL on held-out calibration text {tuned['kl_before']:.4f} → {tuned['kl_after']:.4f} "
+            " Tuned end to end, after these errors were taken: KL on held-out calibration text "
+            f"{tuned['kl_before']:.4f} → {tuned['kl_after']:.4f} "
             f"in {tuned['steps']} of {tuned['steps_planned']} steps"
         )
         notes += f", {tuned['changed']:.1%} of the codes changed." if tuned.get("n_codes") else "."
