@@ -127,7 +127,8 @@ def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
     """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
-    return [config, *(replace(config, split_k=s, cluster=c) for s in splits for c in (True, False))]
+    plain = [config, *(replace(config, split_k=s, cluster=c) for s in splits for c in (True, False))]
+    return plain + [replace(config, split_k=s, cluster=False, producer=True) for s in (1, *splits)]
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:

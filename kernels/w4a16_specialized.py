@@ -1,40 +1,69 @@
 """W4A16 with warpgroup MMAs on Hopper, warps specialized (compiled offline only)."""
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights, store_by_each
 from compress.kernels.w4a16_tiled import _columns, _half_tile, _mma_layout, _load_words
 
 
 @gluon.jit
-def _produce(x_desc, words_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-             GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr):
+def _produce(
+    x_desc,
+    words_desc,
+    words_smem,
+    x_smem,
+    ready,
+    empty,
+    first,
+    last,
+    n0,
+    m0,
+    N,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BYTES: gl.constexpr,
+    PDL: gl.constexpr,
+):
     """One warp: copies, STAGES tiles ahead of who reads them."""
     for i in gl.static_range(STAGES):
         mbarrier.expect(ready.index(i), BYTES, pred=first + i < last)
         for g in gl.static_range(GROUPS):
-            tma.async_copy_global_to_shared(words_desc, [((first + i) * N + n0 + g * ROWS) // 2, 0], ready.index(i),
-                                            words_smem.index(i * GROUPS + g), pred=first + i < last)
+            tma.async_copy_global_to_shared(
+                words_desc,
+                [((first + i) * N + n0 + g * ROWS) // 2, 0],
+                ready.index(i),
+                words_smem.index(i * GROUPS + g),
+                pred=first + i < last,
+            )
     if PDL:
         pdl_launch_next()
         pdl_wait()
     for i in gl.static_range(STAGES):
         for h in gl.static_range(2):
-            tma.async_copy_global_to_shared(x_desc, [m0, (first + i) * 128 + h * 64], ready.index(i),
-                                            x_smem.index(2 * i + h), pred=first + i < last)
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, (first + i) * 128 + h * 64], ready.index(i), x_smem.index(2 * i + h), pred=first + i < last
+            )
     stage = 0
     phase = 0
     for t in range(first + STAGES, last):
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(ready.index(stage), BYTES)
         for g in gl.static_range(GROUPS):
-            tma.async_copy_global_to_shared(words_desc, [(t * N + n0 + g * ROWS) // 2, 0], ready.index(stage),
-                                            words_smem.index(stage * GROUPS + g))
+            tma.async_copy_global_to_shared(
+                words_desc, [(t * N + n0 + g * ROWS) // 2, 0], ready.index(stage), words_smem.index(stage * GROUPS + g)
+            )
         for h in gl.static_range(2):
-            tma.async_copy_global_to_shared(x_desc, [m0, t * 128 + h * 64], ready.index(stage),
-                                            x_smem.index(2 * stage + h))
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h)
+            )
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -42,11 +71,36 @@ def _produce(x_desc, words_desc, words_smem, x_smem, ready, empty, first, last, 
 
 
 @gluon.jit
-def _consume(out_desc, scale_ptr, zero_ptr, bias_ptr, sums_ptr, words_smem, x_smem, y_smem, ready, empty,
-             first, last, n0, m0, N, K, tiles,
-             g: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr,
-             HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-             SPLIT: gl.constexpr, DTYPE: gl.constexpr):
+def _consume(
+    out_desc,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    sums_ptr,
+    words_smem,
+    x_smem,
+    y_smem,
+    ready,
+    empty,
+    first,
+    last,
+    n0,
+    m0,
+    N,
+    K,
+    tiles,
+    g: gl.constexpr,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    EVEN_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
     """A warpgroup: ROWS rows of W by BLOCK_M tokens."""
     MMA: gl.constexpr = _mma_layout(BLOCK_M, 4, 1)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -104,10 +158,31 @@ def _consume(out_desc, scale_ptr, zero_ptr, bias_ptr, sums_ptr, words_smem, x_sm
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _specialized_kernel(
-    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, M, N, K, tiles, first_tile, per_split,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
-    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    GROUP_N: gl.constexpr, PDL: gl.constexpr, REGS: gl.constexpr,
+    x_desc,
+    words_desc,
+    out_desc,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    workspace_ptr,
+    M,
+    N,
+    K,
+    tiles,
+    first_tile,
+    per_split,
+    GROUP: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    EVEN_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    GROUP_N: gl.constexpr,
+    PDL: gl.constexpr,
+    REGS: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     BLOCK_N: gl.constexpr = ROWS * GROUPS
@@ -124,7 +199,9 @@ def _specialized_kernel(
     n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES * GROUPS, ROWS // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
-    y_smem = gl.allocate_shared_memory(dtype, [GROUPS if SPLIT == 1 else 1, BLOCK_M if SPLIT == 1 else 8, ROWS], out_desc.layout)
+    y_smem = gl.allocate_shared_memory(
+        dtype, [GROUPS if SPLIT == 1 else 1, BLOCK_M if SPLIT == 1 else 8, ROWS], out_desc.layout
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -135,25 +212,155 @@ def _specialized_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out_desc, scale_ptr, zero_ptr, bias_ptr, sums_ptr, words_smem, x_smem, y_smem, ready, empty,
-                            first, last, n0, m0, N, K, tiles, 0, GROUPS, ROWS, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N,
-                            BLOCK_M, STAGES, SPLIT, dtype)),
-                (_consume, (out_desc, scale_ptr, zero_ptr, bias_ptr, sums_ptr, words_smem, x_smem, y_smem, ready, empty,
-                            first, last, n0, m0, N, K, tiles, 1, GROUPS, ROWS, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N,
-                            BLOCK_M, STAGES, SPLIT, dtype)),
-                (_produce, (x_desc, words_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-                            GROUPS, ROWS, STAGES, BYTES, PDL)),
+                (
+                    _consume,
+                    (
+                        out_desc,
+                        scale_ptr,
+                        zero_ptr,
+                        bias_ptr,
+                        sums_ptr,
+                        words_smem,
+                        x_smem,
+                        y_smem,
+                        ready,
+                        empty,
+                        first,
+                        last,
+                        n0,
+                        m0,
+                        N,
+                        K,
+                        tiles,
+                        0,
+                        GROUPS,
+                        ROWS,
+                        GROUP,
+                        HAS_ZERO,
+                        HAS_BIAS,
+                        EVEN_N,
+                        BLOCK_M,
+                        STAGES,
+                        SPLIT,
+                        dtype,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        out_desc,
+                        scale_ptr,
+                        zero_ptr,
+                        bias_ptr,
+                        sums_ptr,
+                        words_smem,
+                        x_smem,
+                        y_smem,
+                        ready,
+                        empty,
+                        first,
+                        last,
+                        n0,
+                        m0,
+                        N,
+                        K,
+                        tiles,
+                        1,
+                        GROUPS,
+                        ROWS,
+                        GROUP,
+                        HAS_ZERO,
+                        HAS_BIAS,
+                        EVEN_N,
+                        BLOCK_M,
+                        STAGES,
+                        SPLIT,
+                        dtype,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_desc,
+                        words_desc,
+                        words_smem,
+                        x_smem,
+                        ready,
+                        empty,
+                        first,
+                        last,
+                        n0,
+                        m0,
+                        N,
+                        GROUPS,
+                        ROWS,
+                        STAGES,
+                        BYTES,
+                        PDL,
+                    ),
+                ),
             ],
-            [4, 1], [REGS, 24],
+            [4, 1],
+            [REGS, 24],
         )
     else:
         gl.warp_specialize(
             [
-                (_consume, (out_desc, scale_ptr, zero_ptr, bias_ptr, sums_ptr, words_smem, x_smem, y_smem, ready, empty,
-                            first, last, n0, m0, N, K, tiles, 0, GROUPS, ROWS, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N,
-                            BLOCK_M, STAGES, SPLIT, dtype)),
-                (_produce, (x_desc, words_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-                            GROUPS, ROWS, STAGES, BYTES, PDL)),
+                (
+                    _consume,
+                    (
+                        out_desc,
+                        scale_ptr,
+                        zero_ptr,
+                        bias_ptr,
+                        sums_ptr,
+                        words_smem,
+                        x_smem,
+                        y_smem,
+                        ready,
+                        empty,
+                        first,
+                        last,
+                        n0,
+                        m0,
+                        N,
+                        K,
+                        tiles,
+                        0,
+                        GROUPS,
+                        ROWS,
+                        GROUP,
+                        HAS_ZERO,
+                        HAS_BIAS,
+                        EVEN_N,
+                        BLOCK_M,
+                        STAGES,
+                        SPLIT,
+                        dtype,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_desc,
+                        words_desc,
+                        words_smem,
+                        x_smem,
+                        ready,
+                        empty,
+                        first,
+                        last,
+                        n0,
+                        m0,
+                        N,
+                        GROUPS,
+                        ROWS,
+                        STAGES,
+                        BYTES,
+                        PDL,
+                    ),
+                ),
             ],
-            [1], [24],
+            [1],
+            [24],
         )

@@ -1,0 +1,203 @@
+"""The tiled kernel of `w4a16_tiled` with its copies in a warp of their own.
+
+There, every warp takes part in starting a tile's copies, and Triton puts a barrier around each: five a tile, at which
+all warpgroups are in step, so that none dequantizes while another multiplies. Here they meet at mbarriers alone:
+
+    producer, 1 warp     wait empty[s]; announce ready[s]; copy words, copy x (two halves)            s = tile % STAGES
+    consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
+
+Registers move to the consumers (`setmaxnreg`): the producer needs few. All consumers are the default partition: ptxas
+serializes the MMAs of a second one (C7512). Not with clusters.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from compress.kernels.gluon_parts import pdl_launch_next, pdl_wait, store_by_each
+from compress.kernels.w4a16 import KernelWeight
+from compress.kernels.w4a16_tiled import GROUP_N, TiledConfig, _columns, _half_tile, _load_words, _mma_layout
+
+PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+
+
+@gluon.jit
+def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
+             STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr,
+             IS_TAIL: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
+    for i in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(i), BYTES, pred=first + i < last)
+        tma.async_copy_global_to_shared(
+            words_desc, [((first + i) * N + n0) // 2, 0], ready.index(i), words_smem.index(i), pred=first + i < last
+        )
+    if PDL:
+        if BEFORE_TAIL:  # the tail starts once this has waited for it
+            pdl_wait()
+            pdl_launch_next()
+        elif IS_TAIL:
+            pdl_launch_next()
+        else:
+            pdl_launch_next()
+            pdl_wait()
+    for i in gl.static_range(STAGES):
+        _copy_x(x_desc, ready, x_smem, m0, first + i, i, first + i < last)
+    stage = 0
+    phase = 0
+    for t in range(first + STAGES, last):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(ready.index(stage), BYTES)
+        tma.async_copy_global_to_shared(words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage))
+        _copy_x(x_desc, ready, x_smem, m0, t, stage, True)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+
+
+@gluon.jit
+def _copy_x(x_desc, ready, x_smem, m0, t, stage, live):  # type: ignore[no-untyped-def]
+    for h in gl.static_range(2):
+        tma.async_copy_global_to_shared(
+            x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
+        )
+
+
+@gluon.jit
+def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
+             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_M]: the tile's sums over its part of K. The loop is `_tiled_kernel`'s."""
+    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, 1)
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
+    columns = ()
+    for i in gl.static_range(AHEAD):
+        columns = columns + _columns(scale_ptr, zero_ptr, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
+    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
+    mbarrier.wait(ready.index(0), 0, pred=first < last)
+    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, 1, A)
+    low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+    high = low
+    stage = 0
+    phase = 0
+    for t in range(first, last):
+        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+        columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
+        behind = stage - 1
+        if behind < 0:
+            behind = STAGES - 1
+        mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
+        high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+        later = ()
+        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
+            later = later + (columns[i],)
+        columns = later
+        mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+    acc, high = warpgroup_mma_wait(0, deps=(acc, high))
+    return (acc,)
+
+
+@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
+def _producer_kernel(  # type: ignore[no-untyped-def]
+    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
+    M, N, K, tiles, first_tile, per_split,
+    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
+    PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
+    dtype: gl.constexpr = x_desc.dtype
+    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, 1)
+    BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
+
+    pid = gl.program_id(0)
+    tile = first_tile + pid // SPLIT
+    first = gl.minimum(pid % SPLIT * per_split, tiles)
+    last = gl.minimum(first + per_split, tiles)
+    m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    first_n = tile // (GROUP_N * m_tiles) * GROUP_N
+    width = gl.minimum(n_tiles - first_n, GROUP_N)
+    within = tile % (GROUP_N * m_tiles)
+    n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
+
+    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    results = gl.warp_specialize(
+        [
+            (_consume, (scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
+                        GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, dtype)),
+            (_produce, (words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
+                        STAGES, BYTES, PDL, BEFORE_TAIL, IS_TAIL)),
+        ],
+        [1], [PRODUCER_REGISTERS],
+    )  # fmt: skip
+    acc = results[0]
+    if IS_TAIL and PDL:
+        pdl_wait()  # whoever waits for this launch means the one before it, too
+    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    if SPLIT > 1:
+        rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        sums_ptr = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (BLOCK_M * BLOCK_N)
+        store_by_each(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+        return
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
+        acc += gl.expand_dims(bias, 1)
+    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
+    tma.store_wait(0)
+
+
+def max_registers(warps: int, block_m: int) -> int:
+    """Registers a thread at launch: consumers and a warpgroup of which the producer is a part share what a program may
+    have, one program a multiprocessor with 8 consumer warps or tiles of many tokens, else two."""
+    programs = 1 if warps > 4 or block_m > 64 else 2
+    return min(232, 65536 // (32 * (warps + 4) * programs) // 8 * 8)
+
+
+def launch_producer(
+    x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, weight: KernelWeight,
+    bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int, n_tiles: int, config: TiledConfig,
+    pdl: bool, before_tail: bool, is_tail: bool,
+) -> None:  # fmt: skip
+    """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
+    tiles, split = weight.words.shape[0], config.split_k
+    _producer_kernel[(n_tiles * split,)](
+        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
+        first_tile, -(-tiles // split),
+        GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
+        EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
+        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
+        num_warps=config.warps, maxnreg=max_registers(config.warps, config.block_m), launch_pdl=pdl,
+    )  # fmt: skip
