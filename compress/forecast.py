@@ -55,7 +55,7 @@ def forecast(loaded: LoadedModel, plan: Plan, load: Load, dtype: torch.dtype) ->
     widths = {p.k for p in plan.linears if p.block == 0}
     hidden = int(loaded.model.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
     widest = max((p.n for p in plan.linears if p.block == 0), default=hidden)
-    outside = sum(loaded.model.get_parameter(n).numel() for n in loaded.outside_blocks() if n not in loaded.tied)
+    outside = _n_outside(loaded)
     hessians = 4 * sum(w * w for w in widths) + 3 * 8 * max(widths, default=0) ** 2 if n_tokens else 0
     at_once = max(batch_tokens, min(load.tuning_tokens, TUNING_BATCHES * batch_tokens))
     activations = at_once * (hidden * 4 + widest * 4) * dtype.itemsize
@@ -83,9 +83,14 @@ def tuning_state_bytes(loaded: LoadedModel, plan: Plan, dtype: torch.dtype) -> i
     quantized."""
     codes = sum(p.n * p.k for p in plan.linears if p.scheme is not None)
     kept = sum(p.n * p.k for p in plan.linears if p.scheme is None)
-    outside = sum(loaded.model.get_parameter(n).numel() for n in loaded.outside_blocks() if n not in loaded.tied)
+    outside = _n_outside(loaded)
     head = plan.head.n * plan.head.k if plan.head is not None else 0
     return (16 if plan.config.tune.trains_codes else 1) * codes + (kept + outside + head) * dtype.itemsize
+
+
+def _n_outside(loaded: LoadedModel) -> int:
+    """Parameters outside of the blocks, those that share storage once."""
+    return sum(loaded.model.get_parameter(n).numel() for n in loaded.outside_blocks() if n not in loaded.tied)
 
 
 def tuning_logit_bytes(loaded: LoadedModel, n_tokens: int) -> int:

@@ -71,7 +71,7 @@ def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
     done = done[:n] if done is not None else torch.empty(0, length, dtype=torch.int64)
     batch_size = sampling_batch(job.loaded, config, job.device, job.dtype)
     if len(done) < n:
-        _check_memory(job)
+        _check_memory(job, batch_size)
         model = load_dense(load_model(str(job.loaded.source.path), None, job.trust_remote_code), job.device, job.dtype)
         batches = list(range(len(done), n, batch_size))
         for number, start in enumerate(batches):
@@ -217,8 +217,8 @@ def _batch_bytes(loaded: LoadedModel, config: CalibrationConfig, rows: int, dtyp
     return int((weights + cache + 2 * cache // len(loaded.blocks)) * dtype.itemsize + 3 * 8 * rows * text.vocab_size)
 
 
-def _check_memory(job: GenerateJob) -> None:
-    needed, free = generation_bytes(job.loaded, job.config, job.device, job.dtype), free_bytes(job.device)
+def _check_memory(job: GenerateJob, batch_size: int) -> None:
+    needed, free = _batch_bytes(job.loaded, job.config, batch_size, job.dtype), free_bytes(job.device)
     if free is not None and needed > free:
         raise EnvironmentProblem(
             f"calibration.generated: sampling holds the whole model and a KV cache, about {format_bytes(needed)} on "

@@ -21,7 +21,7 @@ from compress.naming import match_names
 from compress.source import SourceCheckpoint, resolve
 
 if TYPE_CHECKING:
-    from compress.rotation import Rotation
+    from compress.rotated import Rotation
 
 
 @dataclass
@@ -53,7 +53,8 @@ class LoadedModel:
         that will be quantized, otherwise the checkpoint's dtype)."""
         holder = self.tied.get(name, name)
         if self.rotation is not None and holder in self.rotation.changes:
-            return self.rotation.tensor(self, holder)
+            transposed = is_transposed(self.model.get_submodule(holder.rpartition(".")[0]))
+            return self.rotation.tensor(holder, self.original, transposed)
         return self.original(name)
 
     def original(self, name: str) -> Tensor:

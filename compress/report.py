@@ -14,63 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.atomic import write_atomically, write_json
-from compress.frontier import Frontier, RunPoint, comparable_latency, frontier_json, kl_within_noise
+from compress.frontier import Frontier, frontier_json
 from compress.gate import GateResult
 from compress.record import Record
 from compress.units import format_bytes, format_count, format_ms, format_seconds, format_share, format_stderr
+from compress.verdict import fallbacks, task_verdict, verdict, worst_layers
 
 REPORT_JSON, REPORT_HTML, FRONTIER_PNG = "report.json", "report.html", "frontier.png"
-
-_WORST_LAYERS = 5
 
 
 def recipe_line(record: Record) -> str:
     """`awq4: w4g128 sym, awq + rtn`."""
     return f"{record['name']}: {record['scheme']}, {record['transform']} + {record['rounding']}"
-
-
-def is_significant(task: dict[str, Any]) -> bool | None:
-    """The task's difference to the unquantized model exceeds two standard errors; None without a stderr."""
-    if task["difference_stderr"] is None:
-        return None
-    return bool(abs(task["difference"]) > 2 * task["difference_stderr"])
-
-
-def task_verdict(task: dict[str, Any]) -> str:
-    """`worse`, `better`, `within noise`, or `no stderr`: the difference judged by two standard errors."""
-    significant = is_significant(task)
-    if significant is None:
-        return "no stderr"
-    if not significant:
-        return "within noise"
-    return "better" if (task["difference"] > 0) == task["higher_is_better"] else "worse"
-
-
-def worst_layers(record: Record, count: int = _WORST_LAYERS) -> list[dict[str, Any]]:
-    """Quantized layers by falling relative error."""
-    measured = [layer for layer in record["layers"] if layer["error"] is not None]
-    return sorted(measured, key=lambda layer: -layer["error"])[:count]
-
-
-def fallbacks(record: Record) -> list[str]:
-    """One line for each layer that was not treated as the recipe asked."""
-    return [f"{layer['name']}: {layer['fallback']}" for layer in record["layers"] if layer["fallback"]]
-
-
-def verdict(frontier: Frontier, point: RunPoint) -> str:
-    """On the frontier, or who dominates the point, with the reservations a reader needs."""
-    if point.on_frontier:
-        return "on the frontier" if point.latency is not None else "on the frontier by KL and size alone"
-    notes = []
-    for label in point.dominated_by:
-        other = frontier.point(label)
-        reservations = []
-        if kl_within_noise(other, point) and other.kl != point.kl:
-            reservations.append("KL within 2 s.e.")
-        if not comparable_latency(other, point):
-            reservations.append("latency not compared")
-        notes.append(f"{label} ({', '.join(reservations)})" if reservations else label)
-    return f"dominated by {', '.join(notes)}"
 
 
 def summary_json(record: Record, gate: GateResult | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -30,76 +30,17 @@ from compress.config import HadamardConfig
 from compress.errors import UnsupportedModel
 from compress.groups import Fold, RunBlock, find_scale_groups
 from compress.methods.hadamard import Turn, random_turn
-from compress.models import Block, LoadedModel, is_linear, is_transposed, linear_weight, untie
+from compress.models import Block, LoadedModel, is_linear, linear_weight, untie
 from compress.plan import Plan
+from compress.rotated import Rotation
 from compress.streams import HiddenStream, open_stream, tail_logits
 
 # ||difference|| / ||value|| of a token's hidden state or logits, in float32. Rounding stays far below, and a part of
 # the model that does not turn with the rest is an error of order 1.
 _MAX_DIFFERENCE = 2e-3
 _PROBE = (2, 32)  # sequences and tokens that the search and the check run on
-_CHUNK = 2**24  # elements of an embedding in float64 at a time
 _NO_RESIDUAL = "use quant.hadamard.residual=false with value=true (inside attention alone), or quant.transform=none"
 _NO_VALUE = "use quant.hadamard.value=false with residual=true (the residual stream alone), or quant.transform=none"
-
-
-@dataclass
-class Change:
-    """What a rotation does to one parameter [N, K] or [N]: its columns are multiplied by the gain of a norm (and its
-    offset) and turned, its rows are turned, or all of it becomes a constant (a norm whose gain went elsewhere)."""
-
-    gain: tuple[str, float] | None = None
-    columns: Turn | None = None
-    rows: Turn | None = None
-    constant: float | None = None
-
-
-@dataclass
-class Rotation:
-    """Changes by parameter name. rounded: those stored unquantized, which are given in the checkpoint's dtype as they
-    will be saved; the others are given in float32, so that they are rounded once, by the quantizer."""
-
-    device: torch.device
-    changes: dict[str, Change] = field(default_factory=dict)
-    rounded: set[str] = field(default_factory=set)
-
-    def tensor(self, loaded: LoadedModel, name: str) -> Tensor:
-        """The rotated tensor of a parameter in `changes`, on the CPU."""
-        change, source = self.changes[name], loaded.original(name)
-        dtype = source.dtype if name in self.rounded else torch.float32
-        if change.constant is not None:
-            return torch.full_like(source, change.constant, dtype=dtype)
-        if source.ndim == 1:
-            assert change.rows is not None
-            return change.rows.apply(source).to(dtype)
-        transposed = is_transposed(loaded.model.get_submodule(name.rpartition(".")[0]))
-        weight = source.t() if transposed else source
-        gain = None
-        if change.gain is not None:
-            norm, offset = change.gain
-            gain = loaded.original(norm).to(self.device).double() + offset
-        out = torch.empty(weight.shape, dtype=dtype)
-        # rows turn together, so a chunk is then all of them
-        n_rows = weight.shape[0] if change.rows is not None else max(1, _CHUNK // weight.shape[1])
-        for start in range(0, weight.shape[0], n_rows):
-            part = weight[start : start + n_rows].to(self.device).double()
-            if gain is not None:
-                part = part * gain
-            if change.columns is not None:
-                part = change.columns.apply(part)
-            if change.rows is not None:
-                part = change.rows.apply(part.t()).t()
-            out[start : start + n_rows] = part
-        return out.t().contiguous() if transposed else out
-
-    def status(self, name: str) -> str | None:
-        """For the manifest: a norm's gain is folded into what reads it, other changes rotate; None if there is none."""
-        if name not in self.changes:
-            return None
-        return "folded" if self.changes[name].constant is not None else "rotated"
-
-    def change(self, name: str) -> Change:
-        return self.changes.setdefault(name, Change())
 
 
 def attach_rotation(loaded: LoadedModel, plan: Plan, config: HadamardConfig, device: torch.device) -> list[str]:

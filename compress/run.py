@@ -21,9 +21,9 @@ from compress.state import RunState, code_sha256, fingerprint
 log = logging.getLogger(__name__)
 
 _QUANTIZE_CODE = (
-    "quant.py", "packing.py", "methods", "rotation.py", "blocks.py", "head.py", "awq_pass.py", "learn_pass.py",
-    "tune.py", "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py", "allocate.py",
-    "sensitivity.py", "calibration.py", "generate.py", "checkpoint.py", "artifact.py",
+    "quant.py", "packing.py", "methods", "rotated.py", "rotation.py", "blocks.py", "head.py", "awq_pass.py",
+    "learn_pass.py", "tune.py", "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py",
+    "allocate.py", "sensitivity.py", "calibration.py", "generate.py", "checkpoint.py", "artifact.py",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
 
 Table = Mapping[Key, Entry]
-_searched: set[tuple[Any, ...]] = set()
+_searched: set[Product] = set()
 
 
 def m_bucket(m: int) -> int:
@@ -180,26 +180,19 @@ def triton_version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def key_of(
-    device: torch.device,
-    dtype: torch.dtype,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    n: int,
-    k: int,
-    m: int,
-    int8: bool = False,
-) -> Key:
-    """The key of x [m, k] of `dtype` on `device` and a weight [n, k]; a group_size of k or more is one scale a row."""
-    name = str(dtype).removeprefix("torch.")
+# what `choose` is asked, M in its bucket
+Product = tuple[torch.device, torch.dtype, int, int, bool, int, int, int, bool]
+
+
+def _key_of(product: Product) -> Key:
+    device, dtype, bits, group_size, symmetric, n, k, m, int8 = product
     scheme = scheme_label(bits, group_size, symmetric, k, int8)
-    return Key(_gpu(device), triton_version(), name, scheme, n, k, m_bucket(m))
+    return Key(_gpu(device), triton_version(), str(dtype).removeprefix("torch."), scheme, n, k, m)
 
 
 @lru_cache(maxsize=8192)
-def _kept(*arguments: Any) -> Choice | None:
-    return lookup(key_of(*arguments))
+def _kept(product: Product) -> Choice | None:
+    return lookup(_key_of(product))
 
 
 def choose(
@@ -213,24 +206,25 @@ def choose(
     m: int,
     int8: bool = False,
 ) -> Choice | None:
-    """`lookup(key_of(...))`, kept. None: no table answers, and the caller's own rule decides."""
-    arguments = (device, dtype, bits, group_size, symmetric, n, k, m_bucket(m), int8)
-    if search_enabled() and device.type == "cuda" and arguments not in _searched:
-        _search_once(arguments)
-    return _kept(*arguments)
+    """What the tables say of x [m, k] of `dtype` on `device` and a weight [n, k], kept; a group_size of k or more is
+    one scale a row. None: no table answers, and the caller's own rule decides."""
+    product = (device, dtype, bits, group_size, symmetric, n, k, m_bucket(m), int8)
+    if search_enabled() and device.type == "cuda" and product not in _searched:
+        _search_once(product)
+    return _kept(product)
 
 
-def _search_once(arguments: tuple[Any, ...]) -> None:
+def _search_once(product: Product) -> None:
     """Search what no table holds exactly, but not while a CUDA graph is captured, when nothing can be timed."""
     if torch.cuda.is_current_stream_capturing():
         return
-    _searched.add(arguments)
-    key = key_of(*arguments)
+    _searched.add(product)
+    key = _key_of(product)
     found = _find(key)
     if found is None or found[0] != key:
         from compress.kernels import tune
 
-        tune.search(key, arguments[0])
+        tune.search(key, product[0])
 
 
 def as_config(choice: Choice | None, kernel: str, config_type: type[Config]) -> Config | None:

@@ -225,8 +225,8 @@ def configuration(x: Tensor, weight: Int8Weight) -> Config:
     m, n, k, choice = x.shape[0], weight.n, weight.k, None
     if x.is_cuda:
         choice = dispatch.choose(x.device, x.dtype, 8, weight.group_size, weight.zero is None, n, k, m, int8=True)
-    rule = choose_config(m, n, k, common.n_sms(x.device), common.shared_bytes(x.device))
-    return dispatch.as_config(choice, "w8a8", Config) or rule
+    measured = dispatch.as_config(choice, "w8a8", Config)
+    return measured or choose_config(m, n, k, common.n_sms(x.device), common.shared_bytes(x.device))
 
 
 def quantize_rows(x: Tensor, kp: int, span: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

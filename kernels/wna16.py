@@ -165,8 +165,8 @@ def configuration(x: Tensor, weight: PackedWeight) -> Config:
     if x.is_cuda:
         symmetric = weight.zero is None
         choice = dispatch.choose(x.device, x.dtype, weight.bits, weight.group_size, symmetric, n, k, m)
-    rule = choose_config(weight, m, common.n_sms(x.device), common.shared_bytes(x.device))
-    return dispatch.as_config(choice, "wna16", Config) or rule
+    measured = dispatch.as_config(choice, "wna16", Config)
+    return measured or choose_config(weight, m, common.n_sms(x.device), common.shared_bytes(x.device))
 
 
 def _check_weight(kernel: str, weight: PackedWeight, device: torch.device) -> None:

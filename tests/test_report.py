@@ -24,8 +24,9 @@ from compress.gate import compare_with_baseline, update_baseline
 from compress.html import render_report
 from compress.html.charts import figures
 from compress.record import check_record, read_record
-from compress.report import print_summary, summary_json, task_verdict, worst_layers, write_report
+from compress.report import print_summary, summary_json, write_report
 from compress.units import format_bytes, format_ms, format_seconds, format_stderr
+from compress.verdict import task_verdict, worst_layers
 
 HOSTILE = "<script>alert(1)</script>&%{x}[bold]\"'"
 

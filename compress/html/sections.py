@@ -12,8 +12,8 @@ from compress.gate import GateResult
 from compress.html.axes import Figure
 from compress.html.elements import bullets, chart_card, definitions, html_table, number_cell, table_cell, table_row
 from compress.record import Record, generated_text, reproduce_command
-from compress.report import fallbacks, task_verdict, verdict
 from compress.units import format_bytes, format_count, format_ms, format_seconds, format_share, format_stderr
+from compress.verdict import fallbacks, task_verdict, verdict
 
 _VERDICT_CLASS = {"worse": "bad", "better": "good", "within noise": "dim", "no stderr": "warn"}
 
