@@ -73,7 +73,8 @@ GROUP_N = 8
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
-    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`), not in a cluster."""
+    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`), not in a
+    cluster."""
 
     block_m: int
     block_n: int
@@ -400,28 +401,17 @@ def _launch_tiles(
         from compress.kernels.w4a16_producer import launch_producer
 
         launch_producer(
-            x_desc,
-            words_desc,
-            out_desc,
-            weight,
-            bias,
-            workspace,
-            m,
-            first_tile,
-            n_tiles,
-            config,
-            pdl,
-            before_tail,
+            x_desc, words_desc, out_desc, weight, bias, workspace, m, first_tile, n_tiles, config, pdl, before_tail,
             is_tail,
-        )
+        )  # fmt: skip
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
             -(-tiles // split),
             GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
             EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
-            SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
-            num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail,
+            WARPS=config.warps, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > ctas:
         rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
