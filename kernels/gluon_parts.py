@@ -72,21 +72,35 @@ def store_by_each(at, value):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def slice_weights(words, minus_base, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
+def _minus_base(zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """What to add to what `slice_weights` finds a code above: minus that and minus the zero point."""
+    base: gl.constexpr = 128.0 if gl.float16 != DTYPE else (64.0 if p % 2 else 1024.0)
+    return (-base - zero).to(DTYPE)
+
+
+@gluon.jit
+def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
     """Nibble p of int16 words minus the zero point: exact small integers in DTYPE (float16 or bfloat16).
 
-    One lop3 makes two nibbles the low mantissa bits of 1024 (float16) or 128 (bfloat16); minus_base = -(that + zero)
-    is added, exactly. minus_base broadcasts against words.
+    One lop3 makes two nibbles mantissa bits of 1024 (float16) or 128 (bfloat16). float16 has room for them four bits
+    further up: nibbles 1 and 3 stay there and are divided by 16 in the subtraction; both steps are exact, and half of
+    the shifts are gone. zero: float32, broadcasts against words.
     """
     half: gl.constexpr = gl.float16 == DTYPE
-    bits: gl.constexpr = "4; " if p == 1 else ("8; " if p == 2 else "12; ")
-    shift: gl.constexpr = "" if p == 0 else "shr.b32 t, t, " + bits
+    bits: gl.constexpr = (p // 2 * 8) if half else p * 4
+    count: gl.constexpr = "4; " if bits == 4 else ("8; " if bits == 8 else "12; ")
+    shift: gl.constexpr = "" if bits == 0 else "shr.b32 t, t, " + count
     unbias: gl.constexpr = (
-        "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; add.rn.f16x2 $0, t, $2;}"
+        (
+            "lop3.b32 t, t, 0x00f000f0, 0x64006400, 0xea; mov.b32 k, 0x2c002c00; fma.rn.f16x2 $0, t, k, $2;}"
+            if p % 2
+            else "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; add.rn.f16x2 $0, t, $2;}"
+        )
         if half
-        else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, t, one, $2;}"
+        else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 k, 0x3f803f80; fma.rn.bf16x2 $0, t, k, $2;}"
     )
-    asm: gl.constexpr = "{.reg .b32 t, one; mov.b32 t, $1; " + shift + unbias
+    asm: gl.constexpr = "{.reg .b32 t, k; mov.b32 t, $1; " + shift + unbias
+    minus_base = _minus_base(zero, p, DTYPE)
     # `dtype` must be a literal: the call does not unwrap a constexpr
     if half:
         w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.float16, is_pure=True, pack=2)

@@ -134,7 +134,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    base: gl.constexpr = 1024.0 if gl.float16 == dtype else 128.0
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
@@ -212,13 +211,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         for i in gl.static_range(STAGES):
             t = (step + i) * WARPS
             ahead = t + STAGES * WARPS
-            minus_base = ()
+            zeros = ()
             for s in gl.static_range(PARTS):
                 if HAS_ZERO:
                     zero = load_row(zero_ptr, scale_group(t + z_tile, s, tiles, K, GROUP), z_n, N, EVEN_N)
-                    minus_base = minus_base + (gl.expand_dims((-base - zero.to(gl.float32)).to(dtype), 2),)
+                    zeros = zeros + (gl.expand_dims(zero.to(gl.float32), 2),)
                 else:
-                    minus_base = minus_base + (gl.full((1, 1, 1), -base - 8.0, gl.float32, A).to(dtype),)
+                    zeros = zeros + (gl.full((1, 1, 1), 8.0, gl.float32, A),)
             # beyond the last step scales are zero, and whatever the stage holds counts for nothing
             mbarrier.wait(ready.index(i), phase, pred=step + i < steps)
             words = words_smem.index(i).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32]).reshape([WARPS, BLOCK_N, 32])
@@ -227,7 +226,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             for s in gl.static_range(PARTS):
                 part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
                 for p in gl.static_range(s * SLICES, s * SLICES + SLICES):
-                    w = slice_weights(words, minus_base[s], p, dtype)
+                    w = slice_weights(words, zeros[s], p, dtype)
                     part = mma_v2(w, gl.convert_layout(x[p].permute(0, 2, 1), B, assert_trivial=True), part)
                 acc += part * gl.expand_dims(scales[i * PARTS + s].to(gl.float32), 2)
             # the same slots for STAGES steps on: asked for here, in flight until their turn

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -87,14 +88,16 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
     columns = ()
     for i in gl.static_range(AHEAD):
         columns = columns + _columns(scale_ptr, zero_ptr, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
-    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    mbarrier.wait(ready.index(0), 0, pred=first < last)
-    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, 1, A)
-    low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
+    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
     high = low
     stage = 0
     phase = 0
     for t in range(first, last):
+        mbarrier.wait(ready.index(stage), phase)
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
         columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
@@ -104,19 +107,15 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
         mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
         high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
         later = ()
         for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
             later = later + (columns[i],)
         columns = later
-        mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
-    acc, high = warpgroup_mma_wait(0, deps=(acc, high))
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return (acc,)
 
 

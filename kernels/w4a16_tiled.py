@@ -47,6 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -145,14 +146,13 @@ def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
 def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
                BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand."""
-    base: gl.constexpr = 1024.0 if gl.float16 == DTYPE else 128.0
     halves = ()
     for p in gl.static_range(2 * h, 2 * h + 2):
         if HAS_ZERO:
-            minus = gl.expand_dims((-base - columns[PARTS + p * PARTS // 4].to(gl.float32)).to(DTYPE), 1)
+            zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
         else:
-            minus = gl.full((1, 1), -base - 8.0, gl.float32, A).to(DTYPE)
-        halves = halves + (slice_weights(words, minus, p, DTYPE) * gl.expand_dims(columns[p * PARTS // 4], 1),)
+            zero = gl.full((1, 1), 8.0, gl.float32, A)
+        halves = halves + (slice_weights(words, zero, p, DTYPE) * gl.expand_dims(columns[p * PARTS // 4], 1),)
     w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
     return gl.convert_layout(w, A, assert_trivial=True)
 
@@ -258,19 +258,21 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     False, True, BYTES)  # fmt: skip
 
-    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA)
-    mbarrier.wait(ready.index(0), 0, pred=first < last)
-    words = _load_words(words_smem.index(0), BLOCK_N, WARPS, CTAS, A)
-    low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
+    low = gl.zeros((BLOCK_N, 64), dtype, A)
     high = low
     stage = 0
     phase = 0
     for t in range(first, last):
+        mbarrier.wait(ready.index(stage), phase)
+        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
+        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
+        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
         columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
-        # all but `low` is done: the registers of the last `high` may be written again, and its stage be filled. A wgmma
-        # reads its registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
         high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
@@ -281,19 +283,15 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         ahead = t - 1 + STAGES
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
                     (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
         later = ()
         for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
             later = later + (columns[i],)
         columns = later
-        mbarrier.wait(ready.index(stage), phase, pred=t + 1 < last)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
-    acc, high = warpgroup_mma_wait(0, deps=(acc, high))
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
 
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:
