@@ -6,7 +6,8 @@ One packed form of the weight is held at a time; dense weights exist only while 
     PLANAR   uint8 [N, row_bytes]              scale [N', G], zero uint8 [N', G]                   any device, any bits
     INT4     uint8 [N, K/2], ATen's own order  (scale, (8 - zero) * scale) [G, N, 2], activation   CPU, 4 bits, bfloat16
                                                dtype; no zero
-    KERNEL   int16 [tiles of K, N, words]      scale [G, N], zero uint8 [G, N] unless symmetric    CUDA, any bits
+    KERNEL   int16 [tiles of K, N, words]      scale [G, N], zero uint8 [G, N] unless symmetric;    CUDA, any bits
+                                               at 4 bits scale has a row of units more
     INT8     int8 [N, K padded to 128]         scale [G, N], zero uint8 [G, N] unless symmetric    CUDA, W8A8 by name
 
 A layer is built PLANAR, may move between devices, and takes its final form in `prepare` (the first forward calls it).
@@ -284,7 +285,7 @@ class QuantLinear(nn.Module):
         if self.scheme.bits == 4:
             from compress.kernels import w4a16
 
-            groups = self.scale.shape[0]
+            groups = self.scale.shape[0] - 1  # the last row holds units
             group_size = k // groups if groups > 1 else self.codes.shape[0] * w4a16.TILE_K.value
             return w4a16.KernelWeight(self.codes, self.scale, self.zero, n, k, group_size)
         from compress.kernels import wna16_layout

@@ -67,9 +67,16 @@ def check_activations(kernel: str, x: Tensor, k: int | None = None) -> None:
 
 
 def check_operands(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    rows_behind_scales: int = 0,
 ) -> None:
-    """With N = words.shape[-2], scale and zero must be [G, N] and bias [N]; all contiguous and on x's device.
+    """With N = words.shape[-2], scale and zero must be [G, N], scale with so many rows more, and bias [N]; all
+    contiguous and on x's device.
 
     G = K / group_size, or 1 where a group holds the whole row and its padding.
     """
@@ -79,7 +86,8 @@ def check_operands(
     if group_size < k and k % group_size:
         raise ConfigError(f"group_size={group_size} does not divide K={k}; build the weight with this kernel's pack")
     groups = -(-k // group_size)
-    for name, t, shape in (("scale", scale, (groups, n)), ("zero", zero, (groups, n)), ("bias", bias, (n,))):
+    shapes = (("scale", scale, (groups + rows_behind_scales, n)), ("zero", zero, (groups, n)), ("bias", bias, (n,)))
+    for name, t, shape in shapes:
         if t is not None and tuple(t.shape) != shape:
             raise ConfigError(f"{name} is {tuple(t.shape)}, expected {shape} for group size {group_size}")
         if t is not None and t.dtype not in ((torch.uint8,) if name == "zero" else _FLOATS):

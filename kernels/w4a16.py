@@ -7,7 +7,9 @@ of word j holds the code of k = 128 * tile + 32 * p + j:
                         bit      15          12             8              4         0
 
     words [T, N, 32] int16, T = ceil(K / 128)      one program's rows of one tile are contiguous: 64 bytes a row
-    scale [G, N] float16/bfloat16/float32          zero [G, N] uint8, or None for a symmetric grid (zero = 8)
+    scale [G + 1, N] float16/bfloat16/float32      zero [G, N] uint8, or None for a symmetric grid (zero = 8)
+
+The last row of scale is not one: it holds the power of two at or above each row's scales, a unit for `w4a16_tiled`.
 
 Extracting nibble p of all words of a tile gives W[n, 128 t + 32 p : + 32] in order, so it meets a contiguous slice of x
 in `tl.dot`: a permutation of K shared by both operands is free, and no join, interleave or transposition is needed. Two
@@ -99,11 +101,20 @@ def pack_kernel_layout(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Ker
     def columns(t: Tensor) -> Tensor:
         return t.expand(n, groups).t().contiguous()
 
-    weight = KernelWeight(words.contiguous(), columns(scale), None if zero is None else columns(zero), n, k, group_size)
+    scales = torch.cat([columns(scale), _units(scale).expand(n)[None]])
+    weight = KernelWeight(words.contiguous(), scales, None if zero is None else columns(zero), n, k, group_size)
     if codes.is_cuda:
         # the Hopper kernels read weights before they wait for the kernel that precedes them, which may be one of these
         torch.cuda.current_stream(codes.device).synchronize()
     return weight
+
+
+def _units(scale: Tensor) -> Tensor:
+    """The power of two at or above each row of scales [N', G], in their dtype: [N']; 1 for a row of zeros."""
+    exponent = torch.frexp(scale.float().amax(1)).exponent
+    if scale.dtype is torch.float16:  # the largest and smallest that it has; a scale of 65504 is as good over 32768
+        exponent = exponent.clamp(-24, 15)
+    return torch.ldexp(torch.ones_like(scale[:, 0]), exponent)
 
 
 def unpack_kernel_layout(weight: KernelWeight) -> Tensor:
@@ -197,7 +208,7 @@ def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
         raise ConfigError(f"words are {words.dtype} {tuple(words.shape)}; build them with pack_kernel_layout")
     if -(-x.shape[1] // TILE_K.value) != tiles:
         raise ConfigError(f"x is {tuple(x.shape)}, but the weight has {tiles} tiles of {TILE_K.value} inputs")
-    common.check_operands(x, words, scale, zero, bias, group_size)
+    common.check_operands(x, words, scale, zero, bias, group_size, rows_behind_scales=1)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: Any = None, pdl: bool = True) -> Tensor:

@@ -27,7 +27,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.gluon_parts import pdl_launch_next, pdl_wait, store_by_each
 from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_tiled import GROUP_N, TiledConfig, _columns, _half_tile, _load_words, _mma_layout
+from compress.kernels.w4a16_tiled import (
+    GROUP_N,
+    TiledConfig,
+    _columns,
+    _half_tile,
+    _load_words,
+    _mma_layout,
+    _row_unit,
+    _to_size,
+)
 
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
@@ -85,9 +94,12 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
     FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
     AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
+    part_of_unit = 1.0 / _row_unit(scale_ptr, rn, N, K, GROUP)
     columns = ()
     for i in gl.static_range(AHEAD):
-        columns = columns + _columns(scale_ptr, zero_ptr, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
+        columns = columns + _columns(
+            scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
+        )
     acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
     low = gl.zeros((BLOCK_N, 64), DTYPE, A)
     high = low
@@ -99,7 +111,9 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
         low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE)
+        columns = columns + _columns(
+            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
+        )
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
         behind = stage - 1
         if behind < 0:
@@ -116,7 +130,7 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
             stage = 0
             phase = phase ^ 1
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return (acc,)
+    return (_to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA),)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])

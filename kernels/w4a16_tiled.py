@@ -14,6 +14,8 @@ operand is dequantized; two groups are in flight, so the tensor cores never wait
     dequantize     | high t       | low t+1      | high t+1     |
 
 Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, its product with the scale rounded once.
+Without zeros that is one fused multiply-add on the bare code, a subnormal number (`gluon_parts.scaled_slice`), in units
+of the power of two that the layout keeps of each row, so that float16 has room for it.
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
 registers. y leaves through shared memory as whole lines.
 
@@ -63,6 +65,8 @@ from compress.kernels.gluon_parts import (
     pdl_launch_next,
     pdl_wait,
     scale_group,
+    scaled_slice,
+    scaled_unit,
     slice_weights,
     store_by_each,
 )
@@ -128,13 +132,23 @@ def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.const
 
 
 @gluon.jit
-def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
+def _row_unit(scale_ptr, rn, N, K, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 [BLOCK_N]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
+    at = scale_ptr + gl.to_tensor(gl.cdiv(K, GROUP)).to(gl.int64) * N + rn
+    return gl.load(at, mask=rn < N, other=1.0).to(gl.float32)
+
+
+@gluon.jit
+def _columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """What tile t is dequantized with: the scales of its groups in DTYPE, then their zeros, [BLOCK_N] each."""
+    """What tile t is dequantized with: the scales of its groups in DTYPE, in units of the row where there are no zeros,
+    else with the zeros behind them; [BLOCK_N] each. part_of_unit: 1 / `_row_unit`."""
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     columns = ()
     for s in gl.static_range(PARTS):
         scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
+        if not HAS_ZERO:
+            scale = scale.to(gl.float32) * part_of_unit
         columns = columns + (scale.to(DTYPE),)
     if HAS_ZERO:
         for s in gl.static_range(PARTS):
@@ -145,16 +159,29 @@ def _columns(scale_ptr, zero_ptr, t, rn, N, K, tiles,
 @gluon.jit
 def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
                BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand."""
+    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Without zeros in units
+    of `_row_unit` and `scaled_unit`, which `_to_size` brings back."""
     halves = ()
     for p in gl.static_range(2 * h, 2 * h + 2):
+        scale = gl.expand_dims(columns[p * PARTS // 4], 1)
         if HAS_ZERO:
             zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
+            halves = halves + (slice_weights(words, zero, p, DTYPE) * scale,)
         else:
-            zero = gl.full((1, 1), 8.0, gl.float32, A)
-        halves = halves + (slice_weights(words, zero, p, DTYPE) * gl.expand_dims(columns[p * PARTS // 4], 1),)
+            halves = halves + (scaled_slice(words, scale, p, DTYPE),)
     w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
     return gl.convert_layout(w, A, assert_trivial=True)
+
+
+@gluon.jit
+def _to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+             BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Sums of products with `_half_tile`, in its units -> those with weights."""
+    if HAS_ZERO:
+        return acc
+    unit: gl.constexpr = scaled_unit(DTYPE)
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    return acc * gl.expand_dims(_row_unit(scale_ptr, rn, N, K, GROUP) * unit, 1)
 
 
 @gluon.jit
@@ -242,9 +269,12 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     True, False, BYTES)  # fmt: skip
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
+    part_of_unit = 1.0 / _row_unit(scale_ptr, rn, N, K, GROUP)
     columns = ()
     for i in gl.static_range(AHEAD):
-        columns = columns + _columns(scale_ptr, zero_ptr, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
+        columns = columns + _columns(
+            scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
+        )
     if PDL:
         if BEFORE_TAIL:  # the tail starts once this has waited for it
             pdl_wait()
@@ -271,7 +301,9 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
         low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + _columns(scale_ptr, zero_ptr, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype)
+        columns = columns + _columns(
+            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
+        )
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
         high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
@@ -292,6 +324,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
             stage = 0
             phase = phase ^ 1
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
+    acc = _to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, dtype, BLOCK_N, MMA)
 
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:

@@ -354,6 +354,23 @@ def test_kernels_equal_the_twin_at_ragged_shapes(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu(9)
+@pytest.mark.parametrize("producer", [False, True])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_rows_of_very_different_scales_are_each_exact(dtype: str, producer: bool) -> None:
+    """Oracle: the float64 twin, row by row, with scales from 1e-4 to 10 in one weight, and up to 16 times in a row."""
+    x, codes, scale, zero, _ = problem(256, 1024, 128, True, 20, DTYPES[dtype])
+    powers = torch.logspace(-4, 1, 256, dtype=torch.float64, device="cuda")[:, None]
+    steps = 2.0 ** -torch.arange(8, device="cuda").remainder(5)
+    scale = (scale / scale.amax(1, keepdim=True) * powers * steps).to(scale.dtype)
+    y = w4a16.launch(
+        x, w4a16.pack_kernel_layout(codes, scale, None), None, TiledConfig(32, 64, 2, 4, 4, False, producer)
+    )
+    expected = w4a16_linear(x, codes, scale, zero, None)
+    worst = max(relative_error(y[:, i], expected[:, i]) for i in range(256))
+    assert worst < 3 * BOUND[DTYPES[dtype]]  # of 20 values: some rows are less lucky than all together
+
+
+@pytest.mark.gpu(9)
 def test_a_misaligned_x_is_computed_all_the_same() -> None:
     """Oracle: float64 twin; x begins 2 bytes behind an aligned address."""
     x, codes, scale, zero, bias = problem(264, 640, 128, False, m=7)

@@ -105,6 +105,21 @@ def test_kernel_layout_round_trip_and_picture(n, k, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_row_behind_the_scales_is_their_unit(dtype):
+    """Oracle: the definition. A power of two, at or above the largest scale of the row and at most twice that; 1 where
+    all are zero; what float16 cannot hold is the nearest that it can."""
+    top = torch.tensor([1.0, 0.75, 2.0**-9, 0.0, 3e-7 if dtype is torch.float16 else 1e-20, 65504.0], dtype=dtype)
+    scale = torch.stack([top / 3, top], 1)
+    weight = w4a16.pack_kernel_layout(torch.zeros(6, 64, dtype=torch.uint8), scale, None)
+    unit = weight.scale[-1].double()
+    assert torch.equal(weight.scale[:-1], scale.t()) and unit.dtype is torch.float64
+    assert torch.equal(unit.log2(), unit.log2().round()) and unit[3] == 1
+    most = 2.0**15 if dtype is torch.float16 else float("inf")
+    held = top.double() > 0
+    assert bool(((unit >= top.double().clamp(max=most)) & (unit <= 2 * top.double()))[held].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "k", "group"), [(70, 256, 128), (33, 96, 32), (5, 200, None)])
 def test_dequantize_kernel_equals_its_twin(monkeypatch, n, k, group, dtype):
     """Oracle: `reference.dequantize_weight` in float32, rounded once: bit for bit."""

@@ -60,9 +60,10 @@ def test_a_run_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert row["first_s"] > 0 and row["GB_per_s"] == pytest.approx(row["bytes_moved"] / row["median_s"] / 1e9)
     by_scheme = {row["scheme"]: row["bytes_moved"] for row in result["rows"]}
     shape_tensors = 14 * 16  # two int64 each
-    assert by_scheme["w4g128"] == 2 * (weights // 2 + weights // 128 * 2) + shape_tensors
+    units = 2 * 2 * sum(n for n, _ in shapes)  # one of 16 bits a row of each linear, in the kernel layout at 4 bits
+    assert by_scheme["w4g128"] == 2 * (weights // 2 + weights // 128 * 2) + units + shape_tensors
     groups = weights // 32
-    assert by_scheme["w4g32-asym"] == 2 * (weights // 2 + 2 * groups) + groups // 2 + groups + shape_tensors
+    assert by_scheme["w4g32-asym"] == 2 * (weights // 2 + 2 * groups) + groups // 2 + groups + units + shape_tensors
     assert by_scheme["w2g128"] == 2 * (weights // 4 + weights // 128 * 2) + shape_tensors
 
 
