@@ -8,7 +8,7 @@ so the arguments of all blocks and the input of the first are known without comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -243,6 +243,29 @@ def replaced_forwards(
             del block.module.forward
             if forward is not None:
                 block.module.forward = forward  # type: ignore[method-assign]
+
+
+def captured_as_called(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """Inside, while a CUDA graph is captured, blocks get no argument that the plain call before did not give them.
+
+    transformers looks at the positions whether sequences are packed into one, which it cannot while a graph is
+    captured; there it makes a mask that hides nothing more where it gives none otherwise, and attention takes another
+    kernel for that, with other bytes.
+    """
+    absent: dict[int, set[int | str]] = {}
+
+    def wrap(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing():
+                args = tuple(None if i in absent[index] else v for i, v in enumerate(args))
+                kwargs = {k: None if k in absent[index] else v for k, v in kwargs.items()}
+            else:
+                absent[index] = {k for k, v in (*enumerate(args), *kwargs.items()) if v is None}
+            return forward(*args, **kwargs)
+
+        return run
+
+    return replaced_forwards(loaded.blocks, wrap)
 
 
 def materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, with_head: bool) -> None:
