@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ from compress.errors import EnvironmentProblem
 
 # Before a capture kernels must have been loaded and libraries set up, which the first calls do.
 _PLAIN_CALLS = 3
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace of megabytes for each stream that it has ever worked on."""
+    return torch.cuda.Stream(device)
 
 
 class Replay:
@@ -42,8 +49,8 @@ class Replay:
         step: called with tensors, and keywords that are not tensors.
         parameters: all those that it may leave gradients in.
         device: where the graph's inputs lie; its call may get them from the CPU too.
-        captured: False, or a device that is no GPU: every call is plain. Where memory may be short it should be False:
-            from the capture on, what the step has at its peak is not to be had for anything else.
+        captured: False: every call is plain, as it must be on what is no GPU. Also where memory may be short: from the
+            capture on, what the step has at its peak is not to be had for anything else.
         switch: the setting that turns capturing off, for the error.
     """
 
@@ -52,7 +59,7 @@ class Replay:
         switch: str,
     ) -> None:  # fmt: skip
         self.step, self.parameters, self.device, self.switch = step, parameters, device, switch
-        self.stream = torch.cuda.Stream(device) if captured and device.type == "cuda" else None
+        self.stream = _capture_stream(device) if captured else None
         self.seen: Counter[Hashable] = Counter()
         self.kind: Hashable = None  # of the calls that the graph stands for
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -94,7 +101,7 @@ class Replay:
             self._replay(self.graph, inputs)
 
     def _plain(self, stream: torch.cuda.Stream, inputs: Sequence[Tensor], static: dict[str, Any]) -> None:
-        """On the stream of the capture: libraries keep a workspace for each stream."""
+        """On the stream of the capture, so that its workspaces are there when that begins."""
         outside = torch.cuda.current_stream(self.device)
         stream.wait_stream(outside)
         with torch.cuda.stream(stream):

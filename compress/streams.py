@@ -55,17 +55,23 @@ class HiddenStream:
     def n_tokens(self) -> int:
         return sum(batch.numel() for batch in self.token_batches)
 
-    def forward(self, block: Callable[..., Any], index: int, batch: int, for_good: bool = False) -> Tensor:
-        """Run block number `index` on batch number `batch`: [B, T, H].
+    def forward(
+        self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor | None = None, for_good: bool = False
+    ) -> Tensor:
+        """Run block number `index` on batch number `batch`, or on other hidden states called as that: [B, T, H].
 
         What the block hands to later ones through a dict of its call stays there only `for_good`.
         """
         call = self.calls[batch][index]
         call = call if for_good else call.rehearsal()
         # a copy, because a block may add to its input in place and this one is needed again
-        hidden = self.hidden[batch].to(self.device, copy=True)
+        hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, copy=True)
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def called_as(self, batch: int) -> int:
+        """The first batch whose calls are those of this one."""
+        return next(i for i, calls in enumerate(self.calls) if calls is self.calls[batch])
 
     def advance(self, block: Block, index: int) -> None:
         """Replace every batch by the block's output.
@@ -260,7 +266,8 @@ def captured_as_called(loaded: LoadedModel) -> AbstractContextManager[None]:
                 args = tuple(None if i in absent[index] else v for i, v in enumerate(args))
                 kwargs = {k: None if k in absent[index] else v for k, v in kwargs.items()}
             else:
-                absent[index] = {k for k, v in (*enumerate(args), *kwargs.items()) if v is None}
+                given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+                absent[index] = {k for k, v in given.items() if v is None}
             return forward(*args, **kwargs)
 
         return run
