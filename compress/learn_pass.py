@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from compress import replay
 from compress.config import LearnConfig
 from compress.errors import NumericalError
 from compress.methods.signround import LearnedWeight, cell_offsets, signed_step
 from compress.models import Block, is_transposed
 from compress.quant import QuantizedWeight
-from compress.replay import Replay
 from compress.streams import HiddenStream
 
 _STEPS_BETWEEN_CHECKS = 32
@@ -81,13 +81,13 @@ def learn_block(job: LearnJob) -> LearnNote:
 
     parameters = [p for weight in learned.values() for p in weight.parameters()]
     # as a graph too it is one block at work, on one batch at a time: less than AWQ or GPTQ had before it
-    captured = config.graphs and job.stream.device.type == "cuda"
-    replay = Replay(gradients, parameters, job.stream.device, captured, "quant.learn.graphs")
-    with torch.enable_grad(), repeatable(job.stream.device), replay:
+    captured = config.graphs and replay.can_capture(job.stream.device)
+    replayed = replay.Replay(gradients, parameters, job.stream.device, captured, "quant.learn.graphs")
+    with torch.enable_grad(), repeatable(job.stream.device), replayed:
         for step in range(steps):
             batches = [next(order) for _ in range(per_step)]
             pairs = [(job.stream.hidden[i], job.targets[i]) for i in batches]
-            replay(*(t for pair in pairs for t in pair), calls=tuple(map(job.stream.called_as, batches)))
+            replayed(*(t for pair in pairs for t in pair), calls=tuple(map(job.stream.called_as, batches)))
             left = 1 - step / steps
             signed_step(list(learned.values()), config.rate / steps * left, config.gain_rate / steps * left)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0 or step + 1 == steps:

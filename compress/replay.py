@@ -32,6 +32,10 @@ from compress.errors import EnvironmentProblem
 _PLAIN_CALLS = 3
 
 
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all: cuBLAS keeps a workspace of megabytes for each stream that it has ever worked on."""
@@ -49,8 +53,8 @@ class Replay:
         step: called with tensors, and keywords that are not tensors.
         parameters: all those that it may leave gradients in.
         device: where the graph's inputs lie; its call may get them from the CPU too.
-        captured: False: every call is plain, as it must be on what is no GPU. Also where memory may be short: from the
-            capture on, what the step has at its peak is not to be had for anything else.
+        captured: False: every call is plain, as it must be where `can_capture` says no. Also where memory may be short:
+            from the capture on, what the step has at its peak is not to be had for anything else.
         switch: the setting that turns capturing off, for the error.
     """
 
@@ -113,7 +117,7 @@ class Replay:
     def _capture(self, stream: torch.cuda.Stream, inputs: Sequence[Tensor], static: dict[str, Any]) -> None:
         """Launches nothing; the gradients that it leaves are places without values as yet."""
         assert all(p.grad is None for p in self.parameters), "a step begins without gradients"
-        self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in inputs]
+        self.inputs = [x.to(self.device, copy=True) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
             # `graph` alone would leave its stream in place after an error; it frees what plain calls left behind

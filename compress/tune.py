@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from compress import replay
 from compress.blocks import EngineInputs
 from compress.checkpoint import BlockState, load_block, load_head, load_tuned, save_block, save_head, save_tuned
 from compress.config import TuneConfig
@@ -28,7 +29,6 @@ from compress.methods.adam import Adam
 from compress.methods.distill import TunedLinear, kl_to_teacher
 from compress.methods.signround import stored, unpack_offsets
 from compress.models import LoadedModel
-from compress.replay import Replay
 from compress.streams import (
     HiddenStream,
     captured_as_called,
@@ -99,7 +99,7 @@ def tune_model(
         recompute = free is not None and tuner.tokens_at_once * _bytes_per_token(inputs) > free // 4
         # A graph keeps for itself what a step has at its peak, and evaluation needs that again: activations of a
         # quarter of the free memory at most leave room for both. Where they are more, launches are not what takes long.
-        captured = inputs.plan.config.tune.graphs and inputs.device.type == "cuda" and not recompute
+        captured = inputs.plan.config.tune.graphs and replay.can_capture(inputs.device) and not recompute
         forwards = captured_as_called(loaded) if captured else _recomputed(loaded) if recompute else nullcontext()
         try:
             with repeatable(inputs.device), forwards:
@@ -249,7 +249,7 @@ class _Tuner:
         best_state = self._snapshot()
         draws = _epochs(training)
         worse = step = 0
-        with Replay(
+        with replay.Replay(
             self._gradients, self.adam.parameters, self.inputs.device, captured, "quant.tune.graphs"
         ) as gradients:
             while step < planned and worse < patience:
