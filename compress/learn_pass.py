@@ -67,6 +67,22 @@ def learn_block(job: LearnJob) -> LearnNote:
     training, held_out = split_batches(n_batches, config.held_out)
     size = _added_power(job)
     before = _held_out_error(job, learned, held_out, size)
+    steps = _train(job, learned, training, size)
+    after = _held_out_error(job, learned, held_out, size)
+    kept = after < before
+    n_changed = n_codes = 0
+    for name, weight in learned.items():
+        result = weight.quantized()
+        n_changed += int((result.codes != job.quantized[name].codes).sum())
+        n_codes += result.codes.numel()
+        if kept:
+            job.quantized[name] = result
+    return LearnNote(before, after, n_changed / n_codes, steps, kept)
+
+
+def _train(job: LearnJob, learned: dict[str, LearnedWeight], training: list[int], size: float) -> int:
+    """Make all steps; their number. Raises NumericalError as `learn_block`."""
+    config, weights = job.config, list(learned.values())
     generator = torch.Generator().manual_seed(job.index)
     order = _epochs(training, generator)
     per_step = max(1, round(config.batch_sequences / job.stream.token_batches[0].shape[0]))
@@ -79,8 +95,8 @@ def learn_block(job: LearnJob) -> LearnNote:
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum.add_(loss.detach())  # looked at now and then: every look waits for the device
 
-    parameters = [p for weight in learned.values() for p in weight.parameters()]
-    # as a graph too it is one block at work, on one batch at a time: less than AWQ or GPTQ had before it
+    parameters = [p for weight in weights for p in weight.parameters()]
+    # a graph keeps no more than a plain step has at its peak, and nothing else runs before it is given back
     captured = config.graphs and replay.can_capture(job.stream.device)
     replayed = replay.Replay(gradients, parameters, job.stream.device, captured, "quant.learn.graphs")
     with torch.enable_grad(), repeatable(job.stream.device), replayed:
@@ -89,19 +105,10 @@ def learn_block(job: LearnJob) -> LearnNote:
             pairs = [(job.stream.hidden[i], job.targets[i]) for i in batches]
             replayed(*(t for pair in pairs for t in pair), calls=tuple(map(job.stream.called_as, batches)))
             left = 1 - step / steps
-            signed_step(list(learned.values()), config.rate / steps * left, config.gain_rate / steps * left)
+            signed_step(weights, config.rate / steps * left, config.gain_rate / steps * left)
             if (step + 1) % _STEPS_BETWEEN_CHECKS == 0 or step + 1 == steps:
                 _check_losses(job, loss_sum)
-    after = _held_out_error(job, learned, held_out, size)
-    kept = after < before
-    n_changed = n_codes = 0
-    for name, weight in learned.items():
-        result = weight.quantized()
-        n_changed += int((result.codes != job.quantized[name].codes).sum())
-        n_codes += result.codes.numel()
-        if kept:
-            job.quantized[name] = result
-    return LearnNote(before, after, n_changed / n_codes, steps, kept)
+    return steps
 
 
 def split_batches(n_batches: int, share: float) -> tuple[list[int], list[int]]:
