@@ -12,8 +12,8 @@ What a step must keep to, so that the graph computes the same bytes as the funct
     Parameters are changed in place.
   * It never waits for the GPU (`item`, a comparison in an `if`) and copies nothing from the CPU.
   * It draws no random numbers.
-The optimizer stays outside, because its rates change with every step: it works on many tensors at a time, in a few dozen
-launches, which are made while the graph runs.
+The optimizer stays outside, because its rates change with every step: it works on many tensors at a time, in some tens
+of launches, which are made while the graph runs.
 """
 
 from __future__ import annotations
