@@ -189,6 +189,8 @@ class LearnConfig:
     pull: float = 0.8
     # share of the calibration sequences that only judges
     held_out: float = 0.0625
+    # on a GPU, steps as CUDA graphs, with the same result; false for blocks that wait for the GPU (routed experts)
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         _positive("quant.learn", epochs=self.epochs, batch_sequences=self.batch_sequences, rate=self.rate)
@@ -219,6 +221,8 @@ class TuneConfig:
     # evaluations on the held-out sequences without improvement before it stops; codes get worse before they get better
     # and are trained to the end
     patience: int = 2
+    # on a GPU, steps as CUDA graphs, with the same result; false for models whose forward waits for the GPU
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         _positive("quant.tune", epochs=self.epochs, batch_sequences=self.batch_sequences, patience=self.patience)

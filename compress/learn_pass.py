@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from compress import replay
 from compress.config import LearnConfig
 from compress.errors import NumericalError
-from compress.methods.signround import LearnedWeight, cell_offsets
+from compress.methods.signround import LearnedWeight, cell_offsets, signed_step
 from compress.models import Block, is_transposed
 from compress.quant import QuantizedWeight
 from compress.streams import HiddenStream
+
+_STEPS_BETWEEN_CHECKS = 32
 
 
 @dataclass
@@ -64,23 +67,7 @@ def learn_block(job: LearnJob) -> LearnNote:
     training, held_out = split_batches(n_batches, config.held_out)
     size = _added_power(job)
     before = _held_out_error(job, learned, held_out, size)
-    generator = torch.Generator().manual_seed(job.index)
-    order = _epochs(training, generator)
-    per_step = max(1, round(config.batch_sequences / job.stream.token_batches[0].shape[0]))
-    steps = max(1, round(config.epochs * len(training) / per_step))
-    with torch.enable_grad(), repeatable(job.stream.device):
-        for step in range(steps):
-            for _ in range(per_step):
-                loss = _batch_error(job, learned, next(order)) / size
-                if not torch.isfinite(loss):
-                    raise NumericalError(
-                        f"{job.block.name}: learned rounding met a loss of {loss.item()}; use compute_dtype=bfloat16 "
-                        "or float32"
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-            left = 1 - step / steps
-            for weight in learned.values():
-                weight.step(config.rate / steps * left, config.gain_rate / steps * left)
+    steps = _train(job, learned, training, size)
     after = _held_out_error(job, learned, held_out, size)
     kept = after < before
     n_changed = n_codes = 0
@@ -91,6 +78,37 @@ def learn_block(job: LearnJob) -> LearnNote:
         if kept:
             job.quantized[name] = result
     return LearnNote(before, after, n_changed / n_codes, steps, kept)
+
+
+def _train(job: LearnJob, learned: dict[str, LearnedWeight], training: list[int], size: float) -> int:
+    """Make all steps; their number. Raises NumericalError as `learn_block`."""
+    config, weights = job.config, list(learned.values())
+    generator = torch.Generator().manual_seed(job.index)
+    order = _epochs(training, generator)
+    per_step = max(1, round(config.batch_sequences / job.stream.token_batches[0].shape[0]))
+    steps = max(1, round(config.epochs * len(training) / per_step))
+    loss_sum = torch.zeros((), device=job.stream.device)
+
+    def gradients(*tensors: Tensor, calls: tuple[int, ...]) -> None:
+        for batch, hidden, target in zip(calls, tensors[::2], tensors[1::2], strict=True):
+            loss = _batch_error(job, learned, batch, hidden, target) / size
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum.add_(loss.detach())  # looked at now and then: every look waits for the device
+
+    parameters = [p for weight in weights for p in weight.parameters()]
+    # a graph keeps no more than a plain step has at its peak, and nothing else runs before it is given back
+    captured = config.graphs and replay.can_capture(job.stream.device)
+    replayed = replay.Replay(gradients, parameters, job.stream.device, captured, "quant.learn.graphs")
+    with torch.enable_grad(), repeatable(job.stream.device), replayed:
+        for step in range(steps):
+            batches = [next(order) for _ in range(per_step)]
+            pairs = [(job.stream.hidden[i], job.targets[i]) for i in batches]
+            replayed(*(t for pair in pairs for t in pair), calls=tuple(map(job.stream.called_as, batches)))
+            left = 1 - step / steps
+            signed_step(weights, config.rate / steps * left, config.gain_rate / steps * left)
+            if (step + 1) % _STEPS_BETWEEN_CHECKS == 0 or step + 1 == steps:
+                _check_losses(job, loss_sum)
+    return steps
 
 
 def split_batches(n_batches: int, share: float) -> tuple[list[int], list[int]]:
@@ -115,17 +133,26 @@ def _added_power(job: LearnJob) -> float:
     return float((target - job.stream.hidden[0].float()).square().mean().clamp(min=1e-20))
 
 
-def _batch_error(job: LearnJob, learned: dict[str, LearnedWeight], batch: int) -> Tensor:
-    """Mean squared error of the block's output on one batch."""
+def _batch_error(
+    job: LearnJob, learned: dict[str, LearnedWeight], batch: int, hidden: Tensor, target: Tensor
+) -> Tensor:
+    """Mean squared error of the block's output, called as for batch number `batch`, on hidden states [B, T, H]."""
     run = with_weights(job.block, {name: weight() for name, weight in learned.items()})
     with training_precision(job.stream.device, job.targets[0].dtype):
-        output = job.stream.forward(run, job.index, batch)
-    return (output.float() - job.targets[batch].to(output.device).float()).square().mean()
+        output = job.stream.forward(run, job.index, batch, hidden)
+    return (output.float() - target.to(output.device).float()).square().mean()
+
+
+def _check_losses(job: LearnJob, loss_sum: Tensor) -> None:
+    if not torch.isfinite(loss_sum):
+        raise NumericalError(
+            f"{job.block.name}: learned rounding met a loss of {loss_sum.item()}; use compute_dtype=bfloat16 or float32"
+        )
 
 
 def _held_out_error(job: LearnJob, learned: dict[str, LearnedWeight], batches: list[int], size: float) -> float:
     with torch.no_grad():
-        errors = [float(_batch_error(job, learned, i)) for i in batches]
+        errors = [float(_batch_error(job, learned, i, job.stream.hidden[i], job.targets[i])) for i in batches]
     return sum(errors) / len(errors) / size
 
 

@@ -8,7 +8,7 @@ so the arguments of all blocks and the input of the first are known without comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +55,23 @@ class HiddenStream:
     def n_tokens(self) -> int:
         return sum(batch.numel() for batch in self.token_batches)
 
-    def forward(self, block: Callable[..., Any], index: int, batch: int, for_good: bool = False) -> Tensor:
-        """Run block number `index` on batch number `batch`: [B, T, H].
+    def forward(
+        self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor | None = None, for_good: bool = False
+    ) -> Tensor:
+        """Run block number `index` on batch number `batch`, or on other hidden states called as that: [B, T, H].
 
         What the block hands to later ones through a dict of its call stays there only `for_good`.
         """
         call = self.calls[batch][index]
         call = call if for_good else call.rehearsal()
         # a copy, because a block may add to its input in place and this one is needed again
-        hidden = self.hidden[batch].to(self.device, copy=True)
+        hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, copy=True)
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def called_as(self, batch: int) -> int:
+        """The first batch whose calls are those of this one."""
+        return next(i for i, calls in enumerate(self.calls) if calls is self.calls[batch])
 
     def advance(self, block: Block, index: int) -> None:
         """Replace every batch by the block's output.
@@ -243,6 +249,30 @@ def replaced_forwards(
             del block.module.forward
             if forward is not None:
                 block.module.forward = forward  # type: ignore[method-assign]
+
+
+def captured_as_called(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """Inside, while a CUDA graph is captured, blocks get no argument that the plain call before did not give them.
+
+    transformers looks at the positions whether sequences are packed into one, which it cannot while a graph is
+    captured; there it makes a mask that hides nothing more where it gives none otherwise, and attention takes another
+    kernel for that, with other bytes.
+    """
+    absent: dict[int, set[int | str]] = {}
+
+    def wrap(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing():
+                args = tuple(None if i in absent[index] else v for i, v in enumerate(args))
+                kwargs = {k: None if k in absent[index] else v for k, v in kwargs.items()}
+            else:
+                given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+                absent[index] = {k for k, v in given.items() if v is None}
+            return forward(*args, **kwargs)
+
+        return run
+
+    return replaced_forwards(loaded.blocks, wrap)
 
 
 def materialize_outside(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, with_head: bool) -> None:

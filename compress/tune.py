@@ -8,7 +8,7 @@ was tuned goes to a folder of checkpoints beside the blocks' own.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from compress import replay
 from compress.blocks import EngineInputs
 from compress.checkpoint import BlockState, load_block, load_head, load_tuned, save_block, save_head, save_tuned
 from compress.config import TuneConfig
@@ -28,7 +29,14 @@ from compress.methods.adam import Adam
 from compress.methods.distill import TunedLinear, kl_to_teacher
 from compress.methods.signround import stored, unpack_offsets
 from compress.models import LoadedModel
-from compress.streams import HiddenStream, logits_of, materialize_outside, release_outside, replaced_forwards
+from compress.streams import (
+    HiddenStream,
+    captured_as_called,
+    logits_of,
+    materialize_outside,
+    release_outside,
+    replaced_forwards,
+)
 
 FOLDER = "tuned"
 _EVALUATIONS_PER_EPOCH = 2
@@ -89,9 +97,13 @@ def tune_model(
         tuner = _Tuner(inputs, _Lessons(teacher, tuning, inputs.device), linears)
         free = free_bytes(inputs.device)
         recompute = free is not None and tuner.tokens_at_once * _bytes_per_token(inputs) > free // 4
+        # A graph keeps for itself what a step has at its peak, and evaluation needs that again: activations of a
+        # quarter of the free memory at most leave room for both. Where they are more, launches are not what takes long.
+        captured = inputs.plan.config.tune.graphs and replay.can_capture(inputs.device) and not recompute
+        forwards = captured_as_called(loaded) if captured else _recomputed(loaded) if recompute else nullcontext()
         try:
-            with repeatable(inputs.device), _recomputed(loaded) if recompute else nullcontext():
-                note = tuner.run(on_step)
+            with repeatable(inputs.device), forwards:
+                note = tuner.run(on_step, captured)
             verify_logits = tuner.verify_logits()
         finally:
             _put_back(loaded.model, tuner.fixed_norms | tuner.original_head)
@@ -153,6 +165,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+Lesson = tuple[Tensor, Tensor]
+
+
 class _Lessons:
     """Batches of sequences, as many in each as in calibration, with the original's last hidden states: those of the
     calibration first, then those for tuning alone."""
@@ -160,7 +175,6 @@ class _Lessons:
     def __init__(self, teacher: HiddenStream, tuning: HiddenStream | None, device: torch.device) -> None:
         streams = [teacher] if tuning is None else [teacher, tuning]
         size = teacher.token_batches[0].shape[0]
-        self.device = device
         self.tokens = [part.to(device) for s in streams for ids in s.token_batches for part in ids.split(size)]
         self.hidden = [part for s in streams for hidden in s.hidden for part in hidden.split(size)]
         self.n_calibration = len(teacher.hidden)
@@ -170,10 +184,9 @@ class _Lessons:
         training, held_out = split_batches(self.n_calibration, share)
         return training + list(range(self.n_calibration, len(self.tokens))), held_out
 
-    def together(self, batches: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T] and hidden states [B, T, H] of several batches, on the device."""
-        tokens = torch.cat([self.tokens[i] for i in batches])
-        return tokens, torch.cat([self.hidden[i] for i in batches]).to(self.device)
+    def of(self, batches: list[int]) -> list[Lesson]:
+        """Tokens [B, T], on the device, and hidden states [B, T, H], where they are kept, of each of some batches."""
+        return [(self.tokens[i], self.hidden[i]) for i in batches]
 
 
 @dataclass
@@ -222,7 +235,8 @@ class _Tuner:
             quantized[f"{name}.weight"] = weight.to(self.inputs.device).dequantize(self.inputs.dtype)
         return original, quantized
 
-    def run(self, on_step: Callable[[int, int], None]) -> TuneNote:
+    def run(self, on_step: Callable[[int, int], None], captured: bool) -> TuneNote:
+        """captured: on a GPU, a step's forward and backward passes are replayed from a CUDA graph."""
         config = self.config
         training, held_out = self.lessons.split(config.held_out)
         planned = max(1, round(config.epochs * len(training) / self.per_step))
@@ -235,20 +249,24 @@ class _Tuner:
         best_state = self._snapshot()
         draws = _epochs(training)
         worse = step = 0
-        while step < planned and worse < patience:
-            self._gradients([next(draws) for _ in range(self.per_step)])
-            self.adam.step(self._rate(step, planned))
-            step += 1
-            judged = step % every == 0 or step == planned
-            if judged or step % _STEPS_BETWEEN_CHECKS == 0:
-                self._check_losses()
-            if judged:
-                kl = self._held_out_kl(held_out)
-                if kl < best:
-                    best, best_state, worse = kl, self._snapshot(), 0
-                else:
-                    worse += 1
-            on_step(step, planned)
+        with replay.Replay(
+            self._gradients, self.adam.parameters, self.inputs.device, captured, "quant.tune.graphs"
+        ) as gradients:
+            while step < planned and worse < patience:
+                lessons = self.lessons.of([next(draws) for _ in range(self.per_step)])
+                gradients(*(t for lesson in lessons for t in lesson))
+                self.adam.step(self._rate(step, planned))
+                step += 1
+                judged = step % every == 0 or step == planned
+                if judged or step % _STEPS_BETWEEN_CHECKS == 0:
+                    self._check_losses()
+                if judged:
+                    kl = self._held_out_kl(held_out)
+                    if kl < best:
+                        best, best_state, worse = kl, self._snapshot(), 0
+                    else:
+                        worse += 1
+                on_step(step, planned)
         self._restore(best_state)
         n_scales = sum(linear.learned.gain.numel() for linear in self.linears.values())
         n_norms = sum(p.numel() for p in self.norms.values())
@@ -259,25 +277,27 @@ class _Tuner:
         rise = max(1, min(_WARMUP_STEPS, planned // 4)) if self.n_codes else 1
         return (1 - step / planned) * min(1, (step + 1) / rise)
 
-    def _gradients(self, batches: list[int]) -> None:
-        """Add those of the mean loss of some batches to the parameters'."""
-        for some in self._portions(batches):
+    def _gradients(self, *tensors: Tensor) -> None:
+        """Give the parameters those of the mean loss of some batches: tokens and hidden states of each, in turns."""
+        lessons = list(zip(tensors[::2], tensors[1::2], strict=True))
+        for some in self._portions(lessons):
             with torch.enable_grad():
-                loss = self._loss(some) * len(some) / len(batches)
+                loss = self._loss(some) * len(some) / len(lessons)
                 loss.backward()  # type: ignore[no-untyped-call]
             self.loss_sum += loss.detach()  # looked at now and then: every look waits for the device
 
-    def _portions(self, batches: list[int]) -> Iterator[list[int]]:
-        for i in range(0, len(batches), self.at_once):
-            yield batches[i : i + self.at_once]
+    def _portions(self, lessons: list[Lesson]) -> Iterator[list[Lesson]]:
+        for i in range(0, len(lessons), self.at_once):
+            yield lessons[i : i + self.at_once]
 
     def _check_losses(self) -> None:
         if not torch.isfinite(self.loss_sum):
             raise NumericalError(f"end-to-end tuning met a KL of {self.loss_sum.item()}; use compute_dtype=float32")
 
-    def _loss(self, batches: list[int]) -> Tensor:
+    def _loss(self, lessons: Sequence[Lesson]) -> Tensor:
         """KL to the original on some batches: a scalar with a gradient."""
-        tokens, hidden = self.lessons.together(batches)
+        tokens = torch.cat([tokens for tokens, _ in lessons])
+        hidden = torch.cat([hidden for _, hidden in lessons]).to(self.inputs.device)
         with training_precision(self.inputs.device, self.inputs.dtype):
             _place(self.model, self.fixed_norms | self.original_head)  # for the original's head
             target = logits_of(self.inputs.loaded, tokens, hidden)
@@ -290,7 +310,8 @@ class _Tuner:
 
     @torch.no_grad()
     def _held_out_kl(self, batches: list[int]) -> float:
-        return sum(float(self._loss(some)) * len(some) for some in self._portions(batches)) / len(batches)
+        portions = self._portions(self.lessons.of(batches))
+        return sum(float(self._loss(some)) * len(some) for some in portions) / len(batches)
 
     def _snapshot(self) -> _Snapshot:
         norms = [p.detach().clone() for p in self.norms.values()]

@@ -21,8 +21,9 @@ class Adam:
 
     def __init__(self, groups: list[tuple[list[nn.Parameter], float]]) -> None:
         self.groups = groups
+        self.parameters = [p for parameters, _ in groups for p in parameters]
         self.moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {
-            p: (torch.zeros_like(p), torch.zeros_like(p)) for parameters, _ in groups for p in parameters
+            p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters
         }
         self.n_steps = 0
 

@@ -13,6 +13,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,13 +123,9 @@ class LearnedWeight(nn.Module):
         dense: Tensor = _RoundToCodes.apply(self.u, self.scale(), self.low, self.high, self.shape)
         return dense
 
-    @torch.no_grad()
     def step(self, rate: float, gain_rate: float) -> None:
-        """One signed-gradient step; the gradients are used up."""
-        for parameter, size in ((self.u, rate), (self.gain, gain_rate)):
-            if parameter.grad is not None:
-                parameter.sub_(parameter.grad.sign_(), alpha=size)
-                parameter.grad = None
+        """`signed_step` of this weight alone."""
+        signed_step([self], rate, gain_rate)
 
     @torch.no_grad()
     def state(self) -> tuple[Tensor | None, Tensor]:
@@ -154,3 +151,16 @@ class LearnedWeight(nn.Module):
         steps, _ = nearest_steps(self.u, self.low, self.high, self.shape)
         codes = (steps - self.low.unsqueeze(-1)).to(torch.uint8).reshape(self.u.shape)
         return QuantizedWeight(codes, self.scale().to(self.scale_dtype), self.zero, self.scheme)
+
+
+@torch.no_grad()
+def signed_step(weights: Sequence[LearnedWeight], rate: float, gain_rate: float) -> None:
+    """One signed-gradient step of u and of gain; the gradients are used up. A few launches for all weights together."""
+    for parameters, size in (([w.u for w in weights], rate), ([w.gain for w in weights], gain_rate)):
+        moved = [p for p in parameters if p.grad is not None]
+        grads = [p.grad for p in moved if p.grad is not None]
+        if moved:
+            torch._foreach_sign_(grads)
+            torch._foreach_sub_(moved, grads, alpha=size)
+        for p in moved:
+            p.grad = None
