@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+SCALED_UNIT: gl.constexpr = gl.constexpr(2.0**9)  # what sums over `scaled_slice` are to be multiplied by
+
 
 @gluon.jit
 def pdl_launch_next():  # type: ignore[no-untyped-def]
@@ -109,43 +111,21 @@ def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: i
     return w
 
 
-@gluon.constexpr_function
-def _subnormal_factors(p, dtype):  # type: ignore[no-untyped-def]
-    """Of `scaled_slice`: what a scale of at most 1 is multiplied by, and the same times -8 and the unit of a code."""
-    if dtype == gl.float16:  # a code in the low bits is code * 2^-24
-        return (2.0**11 if p % 2 else 2.0**15), -(2.0**-6)
-    return (2.0**96 if p % 2 else 2.0**100), -(2.0**-30)
-
-
-@gluon.constexpr_function
-def scaled_unit(dtype):  # type: ignore[no-untyped-def]
-    """What a sum over `scaled_slice` is to be multiplied by."""
-    return 2.0**9 if dtype == gl.float16 else 2.0**33
-
-
 @gluon.jit
-def scaled_slice(words, scale, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
-    """(nibble p of int16 words - 8) * scale / scaled_unit in DTYPE, rounded once, by two instructions for two weights.
+def scaled_slice(words, scale, p: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(nibble p of int16 words - 8) * scale / SCALED_UNIT in float16, rounded once: two instructions for two weights.
 
-    The nibble alone in a 16-bit float is a subnormal number: code * 2^-24 in float16, * 2^-133 in bfloat16, and 16
-    times that four bits further up. One fused multiply-add brings it to size, scales it and subtracts the zero point,
-    whose product with the scale is exact, being a shift. scale: DTYPE, at most 1, so that 2^15 of it is a float16;
-    broadcasts against words.
+    The nibble alone in a float16 is a subnormal number, code * 2^-24, and 16 times that four bits further up. One fused
+    multiply-add brings it to size, scales it and subtracts the zero point, whose product with the scale is exact, being
+    a shift. scale: float16, at most 1, so that 2^15 of it is a float16; broadcasts against words. The same in bfloat16
+    came out wrong on an H100, as if its multiply-add took subnormal numbers for zero.
     """
-    half: gl.constexpr = gl.float16 == DTYPE
-    factors: gl.constexpr = _subnormal_factors(p, DTYPE)
-    by = scale * factors[0]
-    minus = scale * factors[1]
+    by = scale * (2048.0 if p % 2 else 32768.0)
+    minus = scale * -0.015625
     shift: gl.constexpr = "shr.b32 t, t, 8; " if p >= 2 else ""
     mask: gl.constexpr = "and.b32 t, t, 0x00f000f0; " if p % 2 else "and.b32 t, t, 0x000f000f; "
-    fma: gl.constexpr = "fma.rn.f16x2 $0, t, $2, $3;}" if half else "fma.rn.bf16x2 $0, t, $2, $3;}"
-    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + shift + mask + fma
-    # `dtype` must be a literal: the call does not unwrap a constexpr
-    if half:
-        w = gl.inline_asm_elementwise(asm, "=r,r,r,r", [words, by, minus], dtype=gl.float16, is_pure=True, pack=2)
-    else:
-        w = gl.inline_asm_elementwise(asm, "=r,r,r,r", [words, by, minus], dtype=gl.bfloat16, is_pure=True, pack=2)
-    return w
+    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + shift + mask + "fma.rn.f16x2 $0, t, $2, $3;}"
+    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [words, by, minus], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit

@@ -213,16 +213,20 @@ def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -
 
 
 def _compile(task: Task) -> None:
-    """Compile one kernel into Triton's disk cache by running it on a small problem with the same specialization."""
+    """Compile one kernel into Triton's disk cache by running it on small problems with the same specialization."""
     kernel, config, m, dtype_name, label, k = task
-    tunable, dtype, p = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label).problem(512, k, "cuda")
-    weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-    for full in tunable.expand(m, p.n, p.k, config) if tunable.fits(weight, config) else ():
-        try:
-            tunable.launch(x, weight, full)
-            torch.cuda.synchronize()
-        except Exception as problem:  # `tune_cell` meets it again, and there it is recorded
-            log.info("%s %s: %s", kernel, full, one_line(problem))
+    tunable, dtype, scheme = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label)
+    # some kernels treat what is left over from whole waves of the machine in a way of its own
+    wide = 2 * config.block_n * torch.cuda.get_device_properties("cuda").multi_processor_count + 512
+    for n, depth in ((512, k), (wide, k if scheme.group is None else min(k, 1024))):
+        p = scheme.problem(n, depth, "cuda")
+        weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
+        for full in tunable.expand(m, n, k, config) if tunable.fits(weight, config) else ():
+            try:
+                tunable.launch(x, weight, full)
+                torch.cuda.synchronize()
+            except Exception as problem:  # `tune_cell` meets it again, and there it is recorded
+                log.info("%s %s: %s", kernel, full, one_line(problem))
 
 
 def tune_shape(

@@ -14,10 +14,10 @@ operand is dequantized; two groups are in flight, so the tensor cores never wait
     dequantize     | high t       | low t+1      | high t+1     |
 
 Weights are scaled in x's dtype before the MMA: (code - zero) is exact there, its product with the scale rounded once.
-Without zeros that is one fused multiply-add on the bare code, a subnormal number (`gluon_parts.scaled_slice`), in units
-of the power of two that the layout keeps of each row, so that float16 has room for it.
 That is the rounding of a dense weight in that dtype; a second float32 accumulator for each group would cost half of the
-registers. y leaves through shared memory as whole lines.
+registers. Symmetric weights in float16 take one fused multiply-add on the bare code, a subnormal number
+(`gluon_parts.scaled_slice`), in units of the power of two that the layout keeps of each row. y leaves through shared
+memory as whole lines.
 
 Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them
 where there are few, are computed by split_k programs each, which share out K and leave float32 sums in a workspace.
@@ -57,6 +57,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import (
+    SCALED_UNIT,
     cluster_barrier,
     cluster_bases,
     cluster_rank,
@@ -66,7 +67,6 @@ from compress.kernels.gluon_parts import (
     pdl_wait,
     scale_group,
     scaled_slice,
-    scaled_unit,
     slice_weights,
     store_by_each,
 )
@@ -131,6 +131,12 @@ def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.const
     return gl.convert_layout(words, A, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def _in_units(has_zero, dtype):  # type: ignore[no-untyped-def]
+    """Whether weights are dequantized by `scaled_slice`."""
+    return not has_zero and dtype == gl.float16
+
+
 @gluon.jit
 def _row_unit(scale_ptr, rn, N, K, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
     """float32 [BLOCK_N]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
@@ -141,13 +147,13 @@ def _row_unit(scale_ptr, rn, N, K, GROUP: gl.constexpr):  # type: ignore[no-unty
 @gluon.jit
 def _columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """What tile t is dequantized with: the scales of its groups in DTYPE, in units of the row where there are no zeros,
-    else with the zeros behind them; [BLOCK_N] each. part_of_unit: 1 / `_row_unit`."""
+    """What tile t is dequantized with: the scales of its groups in DTYPE, where `_in_units` in those of the row, then
+    their zeros, [BLOCK_N] each. part_of_unit: 1 / `_row_unit`."""
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     columns = ()
     for s in gl.static_range(PARTS):
         scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
-        if not HAS_ZERO:
+        if _in_units(HAS_ZERO, DTYPE):
             scale = scale.to(gl.float32) * part_of_unit
         columns = columns + (scale.to(DTYPE),)
     if HAS_ZERO:
@@ -159,16 +165,18 @@ def _columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
 @gluon.jit
 def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
                BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Without zeros in units
-    of `_row_unit` and `scaled_unit`, which `_to_size` brings back."""
+    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Where `_in_units`,
+    in those of `_row_unit` and SCALED_UNIT, which `_to_size` brings back."""
     halves = ()
     for p in gl.static_range(2 * h, 2 * h + 2):
         scale = gl.expand_dims(columns[p * PARTS // 4], 1)
-        if HAS_ZERO:
+        if _in_units(HAS_ZERO, DTYPE):
+            halves = halves + (scaled_slice(words, scale, p),)
+        elif HAS_ZERO:
             zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
             halves = halves + (slice_weights(words, zero, p, DTYPE) * scale,)
         else:
-            halves = halves + (scaled_slice(words, scale, p, DTYPE),)
+            halves = halves + (slice_weights(words, gl.full((1, 1), 8.0, gl.float32, A), p, DTYPE) * scale,)
     w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
     return gl.convert_layout(w, A, assert_trivial=True)
 
@@ -177,11 +185,10 @@ def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: g
 def _to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
              BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Sums of products with `_half_tile`, in its units -> those with weights."""
-    if HAS_ZERO:
+    if not _in_units(HAS_ZERO, DTYPE):
         return acc
-    unit: gl.constexpr = scaled_unit(DTYPE)
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    return acc * gl.expand_dims(_row_unit(scale_ptr, rn, N, K, GROUP) * unit, 1)
+    return acc * gl.expand_dims(_row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
 
 
 @gluon.jit
