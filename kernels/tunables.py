@@ -90,7 +90,7 @@ def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
     if m > 16:
         return
     block_m = 8 if m <= 8 else 16
-    for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4)):
+    for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4, 6)):
         if block_n * block_m * stages <= (2048 if m <= 8 else 1536):
             yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
 

@@ -399,10 +399,9 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
     at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
     split = min(8, at_once // rest, tiles // 4) if rest else 1
-    if split <= 1:
-        return config
-    split = 1 << (split.bit_length() - 1)
-    return replace(config, split_k=split, cluster=m > 128 or tiles // split <= 8)
+    split = 1 << (max(split, 1).bit_length() - 1)
+    cluster = split > 1 and (m > 128 or tiles // split <= 8)
+    return replace(config, split_k=split, cluster=cluster, producer=not cluster)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
