@@ -25,18 +25,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compress.kernels.gluon_parts import pdl_launch_next, pdl_wait, store_by_each
-from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_tiled import (
+from compress.kernels.gluon_parts import pdl_wait, store_by_each
+from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
-    _columns,
-    _half_tile,
-    _load_words,
-    _mma_layout,
-    _row_unit,
-    _to_size,
+    half_tile,
+    load_columns,
+    load_words,
+    mma_layout,
+    row_unit,
+    store_tile,
+    tile_origin,
+    to_size,
+    wait_for_previous,
 )
+from compress.kernels.w4a16 import KernelWeight
 
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
@@ -51,15 +54,7 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
         tma.async_copy_global_to_shared(
             words_desc, [((first + i) * N + n0) // 2, 0], ready.index(i), words_smem.index(i), pred=first + i < last
         )
-    if PDL:
-        if BEFORE_TAIL:  # the tail starts once this has waited for it
-            pdl_wait()
-            pdl_launch_next()
-        elif IS_TAIL:
-            pdl_launch_next()
-        else:
-            pdl_launch_next()
-            pdl_wait()
+    wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
         _copy_x(x_desc, ready, x_smem, m0, first + i, i, first + i < last)
     stage = 0
@@ -88,16 +83,16 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """float32 [BLOCK_N, BLOCK_M]: the tile's sums over its part of K. The loop is `_tiled_kernel`'s."""
-    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, 1)
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, 1)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
     AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    part_of_unit = 1.0 / _row_unit(scale_ptr, rn, N, K, GROUP)
+    part_of_unit = 1.0 / row_unit(scale_ptr, rn, N, K, GROUP)
     columns = ()
     for i in gl.static_range(AHEAD):
-        columns = columns + _columns(
+        columns = columns + load_columns(
             scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
         )
     acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
@@ -107,11 +102,11 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
     phase = 0
     for t in range(first, last):
         mbarrier.wait(ready.index(stage), phase)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
+        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + _columns(
+        columns = columns + load_columns(
             scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
         )
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))
@@ -119,7 +114,7 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
         if behind < 0:
             behind = STAGES - 1
         mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
-        high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         later = ()
         for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
@@ -130,7 +125,7 @@ def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last,
             stage = 0
             phase = phase ^ 1
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return (_to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA),)
+    return (to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA),)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -143,18 +138,14 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     dtype: gl.constexpr = x_desc.dtype
-    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, 1)
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, 1)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
 
     pid = gl.program_id(0)
     tile = first_tile + pid // SPLIT
     first = gl.minimum(pid % SPLIT * per_split, tiles)
     last = gl.minimum(first + per_split, tiles)
-    m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    first_n = tile // (GROUP_N * m_tiles) * GROUP_N
-    width = gl.minimum(n_tiles - first_n, GROUP_N)
-    within = tile % (GROUP_N * m_tiles)
-    n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
+    n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
@@ -176,20 +167,13 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     acc = results[0]
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:
+        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
         sums_ptr = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (BLOCK_M * BLOCK_N)
         store_by_each(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
         return
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
-        acc += gl.expand_dims(bias, 1)
-    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
-    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
-    tma.store_wait(0)
+    store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
 
 
 def max_registers(warps: int, block_m: int) -> int:

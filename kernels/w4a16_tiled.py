@@ -36,7 +36,7 @@ Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -57,42 +57,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import (
-    SCALED_UNIT,
     cluster_barrier,
     cluster_bases,
     cluster_rank,
     cluster_shares,
-    load_row,
-    pdl_launch_next,
     pdl_wait,
-    scale_group,
-    scaled_slice,
-    slice_weights,
     store_by_each,
 )
+from compress.kernels.tile_parts import (
+    GROUP_N,
+    TiledConfig,
+    half_tile,
+    load_columns,
+    load_words,
+    mma_layout,
+    row_unit,
+    store_tile,
+    tile_origin,
+    to_size,
+    wait_for_previous,
+)
 from compress.kernels.w4a16 import KernelWeight
-
-GROUP_N = 8
-
-
-@dataclass(frozen=True)
-class TiledConfig:
-    """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
-    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`), not in a
-    cluster."""
-
-    block_m: int
-    block_n: int
-    split_k: int
-    warps: int
-    stages: int
-    cluster: bool = True
-    producer: bool = False
-
-
-@gluon.constexpr_function
-def _mma_layout(tokens, warps, ctas):  # type: ignore[no-untyped-def]
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(ctas, 2))
+from compress.kernels.w4a16_producer import launch_producer
 
 
 @gluon.constexpr_function
@@ -105,90 +91,6 @@ def _sum_layout(columns, warps, ctas):  # type: ignore[no-untyped-def]
     """[tokens, columns] float32 dealt out to the cluster by tokens, 16 bytes a thread along the columns."""
     wide = columns // 4 if columns < 128 else 32
     return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(ctas, 2))
-
-
-@gluon.constexpr_function
-def _words_layout(rows, warps, ctas):  # type: ignore[no-untyped-def]
-    """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q
-    of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
-    reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
-    row = 16 * warps
-    while row < rows:
-        reg.append([row // 2, 0])
-        row *= 2
-    lane = [[0, 2], [0, 4], [0, 32], [1, 0], [2, 0]]
-    warp = []
-    w = 1
-    while w < warps:
-        warp.append([8 * w, 0])
-        w *= 2
-    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas, 2), [rows // 2, 64])
-
-
-@gluon.jit
-def _load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
-    words = smem.load(_words_layout(BLOCK_N, WARPS, CTAS)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
-    return gl.convert_layout(words, A, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _in_units(has_zero, dtype):  # type: ignore[no-untyped-def]
-    """Whether weights are dequantized by `scaled_slice`."""
-    return not has_zero and dtype == gl.float16
-
-
-@gluon.jit
-def _row_unit(scale_ptr, rn, N, K, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 [BLOCK_N]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
-    at = scale_ptr + gl.to_tensor(gl.cdiv(K, GROUP)).to(gl.int64) * N + rn
-    return gl.load(at, mask=rn < N, other=1.0).to(gl.float32)
-
-
-@gluon.jit
-def _columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
-             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """What tile t is dequantized with: the scales of its groups in DTYPE, where `_in_units` in those of the row, then
-    their zeros, [BLOCK_N] each. part_of_unit: 1 / `_row_unit`."""
-    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    columns = ()
-    for s in gl.static_range(PARTS):
-        scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
-        if _in_units(HAS_ZERO, DTYPE):
-            scale = scale.to(gl.float32) * part_of_unit
-        columns = columns + (scale.to(DTYPE),)
-    if HAS_ZERO:
-        for s in gl.static_range(PARTS):
-            columns = columns + (load_row(zero_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N),)
-    return columns
-
-
-@gluon.jit
-def _half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
-               BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Where `_in_units`,
-    in those of `_row_unit` and SCALED_UNIT, which `_to_size` brings back."""
-    halves = ()
-    for p in gl.static_range(2 * h, 2 * h + 2):
-        scale = gl.expand_dims(columns[p * PARTS // 4], 1)
-        if _in_units(HAS_ZERO, DTYPE):
-            halves = halves + (scaled_slice(words, scale, p),)
-        elif HAS_ZERO:
-            zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
-            halves = halves + (slice_weights(words, zero, p, DTYPE) * scale,)
-        else:
-            halves = halves + (slice_weights(words, gl.full((1, 1), 8.0, gl.float32, A), p, DTYPE) * scale,)
-    w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
-    return gl.convert_layout(w, A, assert_trivial=True)
-
-
-@gluon.jit
-def _to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
-             BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Sums of products with `_half_tile`, in its units -> those with weights."""
-    if not _in_units(HAS_ZERO, DTYPE):
-        return acc
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    return acc * gl.expand_dims(_row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
 
 
 @gluon.jit
@@ -236,7 +138,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
-    MMA: gl.constexpr = _mma_layout(BLOCK_M, WARPS, CTAS)
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
     # scales come from memory and are few: loaded AHEAD tiles before they are used, more than a load takes
@@ -259,12 +161,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
             sums = pid - rank
         first = gl.minimum(rank * per_split, tiles)
         last = gl.minimum(first + per_split, tiles)
-    # GROUP_N tiles of N share their x tiles in the L2 before the next M tile
-    m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    first_n = tile // (GROUP_N * m_tiles) * GROUP_N
-    width = gl.minimum(n_tiles - first_n, GROUP_N)
-    within = tile % (GROUP_N * m_tiles)
-    n0, m0 = (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
+    n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
@@ -276,21 +173,13 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     True, False, BYTES)  # fmt: skip
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    part_of_unit = 1.0 / _row_unit(scale_ptr, rn, N, K, GROUP)
+    part_of_unit = 1.0 / row_unit(scale_ptr, rn, N, K, GROUP)
     columns = ()
     for i in gl.static_range(AHEAD):
-        columns = columns + _columns(
+        columns = columns + load_columns(
             scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
         )
-    if PDL:
-        if BEFORE_TAIL:  # the tail starts once this has waited for it
-            pdl_wait()
-            pdl_launch_next()
-        elif IS_TAIL:
-            pdl_launch_next()
-        else:
-            pdl_launch_next()
-            pdl_wait()
+    wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
         _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                     False, True, BYTES)  # fmt: skip
@@ -302,17 +191,17 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     phase = 0
     for t in range(first, last):
         mbarrier.wait(ready.index(stage), phase)
-        words = _load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
+        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
         # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = _half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
+        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + _columns(
+        columns = columns + load_columns(
             scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
         )
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
-        high = _half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
+        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
         behind = stage - 1
@@ -331,10 +220,10 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
             stage = 0
             phase = phase ^ 1
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    acc = _to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, dtype, BLOCK_N, MMA)
+    acc = to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, dtype, BLOCK_N, MMA)
 
-    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT > 1:
+        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
         sums_ptr = workspace_ptr + gl.to_tensor(sums).to(gl.int64) * (BLOCK_M * BLOCK_N)
         store_by_each(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
@@ -344,14 +233,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
             cluster_barrier()
             _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
         return
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
-        acc += gl.expand_dims(bias, 1)
-    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
-    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
-    tma.store_wait(0)
+    store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -435,8 +317,6 @@ def _launch_tiles(
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
     if config.producer:
-        from compress.kernels.w4a16_producer import launch_producer
-
         launch_producer(
             x_desc, words_desc, out_desc, weight, bias, workspace, m, first_tile, n_tiles, config, pdl, before_tail,
             is_tail,

@@ -25,13 +25,13 @@ if not HAS_GPU:
 
 from test_kernels import BOUND, problem  # noqa: E402
 
-from compress.kernels import common, tunables, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
+from compress.kernels import common, tile_parts, tunables, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
 from compress.kernels.choose import hopper_takes  # noqa: E402
 from compress.kernels.dispatch import Choice  # noqa: E402
 from compress.kernels.problem import Scheme  # noqa: E402
 from compress.kernels.reference import dequantize_weight, relative_error, w4a16_linear  # noqa: E402
+from compress.kernels.tile_parts import TiledConfig  # noqa: E402
 from compress.kernels.w4a16_decode import DecodeConfig  # noqa: E402
-from compress.kernels.w4a16_tiled import TiledConfig  # noqa: E402
 
 H100_SHARED = 232448  # bytes a block may use: 227 KiB
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -292,7 +292,7 @@ def test_a_decode_thread_holds_the_inputs_that_its_words_meet(warps: int, tokens
 def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -> None:
     """Oracle: PTX ISA, wgmma.m64nNk16: of 16 columns, lane 4 r + q of warp w holds 2 q, 2 q + 1 and those 8 further, of
     rows 16 w + r and 16 w + r + 8; here 32 words side by side, and 16 warps rows later the same again."""
-    layout = w4a16_tiled._words_layout(rows, warps, 1)
+    layout = tile_parts.words_layout(rows, warps, 1)
     holders = placement(layout)
     assert layout.shape == [rows // 2, 64] and set(holders) == elements(layout.shape)
     for (pair, column), (register, lane, warp) in holders.items():

@@ -1,0 +1,169 @@
+"""What the two tiled kernels share, `w4a16_tiled` and `w4a16_producer`.
+
+Which tile a program computes, how a tile's words and scales become the left operand of the MMA, how a tile leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from compress.kernels.gluon_parts import (
+    SCALED_UNIT,
+    cluster_bases,
+    load_row,
+    pdl_launch_next,
+    pdl_wait,
+    scale_group,
+    scaled_slice,
+    slice_weights,
+)
+
+GROUP_N = 8
+
+
+@dataclass(frozen=True)
+class TiledConfig:
+    """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
+    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`), not in a
+    cluster."""
+
+    block_m: int
+    block_n: int
+    split_k: int
+    warps: int
+    stages: int
+    cluster: bool = True
+    producer: bool = False
+
+
+@gluon.constexpr_function
+def mma_layout(tokens, warps, ctas):  # type: ignore[no-untyped-def]
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(ctas, 2))
+
+
+@gluon.constexpr_function
+def words_layout(rows, warps, ctas):  # type: ignore[no-untyped-def]
+    """[rows / 2, 64] int16, two rows of W side by side, held as wgmma holds its left operand [rows, 32]: lane 4 r + q
+    of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 further) of rows 16 w + r and 16 w + r + 8."""
+    reg = [[0, 1], [4, 0], [0, 8], [0, 16]]
+    row = 16 * warps
+    while row < rows:
+        reg.append([row // 2, 0])
+        row *= 2
+    lane = [[0, 2], [0, 4], [0, 32], [1, 0], [2, 0]]
+    warp = []
+    w = 1
+    while w < warps:
+        warp.append([8 * w, 0])
+        w *= 2
+    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas, 2), [rows // 2, 64])
+
+
+@gluon.jit
+def load_words(smem, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    words = smem.load(words_layout(BLOCK_N, WARPS, CTAS)).reshape([BLOCK_N // 2, 2, 32]).reshape([BLOCK_N, 32])
+    return gl.convert_layout(words, A, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def in_units(has_zero, dtype):  # type: ignore[no-untyped-def]
+    """Whether weights are dequantized by `scaled_slice`."""
+    return not has_zero and dtype == gl.float16
+
+
+@gluon.jit
+def row_unit(scale_ptr, rn, N, K, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 [BLOCK_N]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
+    at = scale_ptr + gl.to_tensor(gl.cdiv(K, GROUP)).to(gl.int64) * N + rn
+    return gl.load(at, mask=rn < N, other=1.0).to(gl.float32)
+
+
+@gluon.jit
+def load_columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
+             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """What tile t is dequantized with: the scales of its groups in DTYPE, where `in_units` in those of the row, then
+    their zeros, [BLOCK_N] each. part_of_unit: 1 / `row_unit`."""
+    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    columns = ()
+    for s in gl.static_range(PARTS):
+        scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
+        if in_units(HAS_ZERO, DTYPE):
+            scale = scale.to(gl.float32) * part_of_unit
+        columns = columns + (scale.to(DTYPE),)
+    if HAS_ZERO:
+        for s in gl.static_range(PARTS):
+            columns = columns + (load_row(zero_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N),)
+    return columns
+
+
+@gluon.jit
+def half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+               BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Where `in_units`,
+    in those of `row_unit` and SCALED_UNIT, which `to_size` brings back."""
+    halves = ()
+    for p in gl.static_range(2 * h, 2 * h + 2):
+        scale = gl.expand_dims(columns[p * PARTS // 4], 1)
+        if in_units(HAS_ZERO, DTYPE):
+            halves = halves + (scaled_slice(words, scale, p),)
+        elif HAS_ZERO:
+            zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
+            halves = halves + (slice_weights(words, zero, p, DTYPE) * scale,)
+        else:
+            halves = halves + (slice_weights(words, gl.full((1, 1), 8.0, gl.float32, A), p, DTYPE) * scale,)
+    w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
+    return gl.convert_layout(w, A, assert_trivial=True)
+
+
+@gluon.jit
+def to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+             BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Sums of products with `half_tile`, in its units -> those with weights."""
+    if not in_units(HAS_ZERO, DTYPE):
+        return acc
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
+
+
+@gluon.jit
+def tile_origin(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_N: gl.constexpr):  # type: ignore[no-untyped-def]
+    """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile."""
+    m_tiles, n_tiles = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    first_n = tile // (GROUP_N * m_tiles) * GROUP_N
+    width = gl.minimum(n_tiles - first_n, GROUP_N)
+    within = tile % (GROUP_N * m_tiles)
+    return (first_n + within % width) * BLOCK_N, within // width * BLOCK_M
+
+
+@gluon.jit
+def wait_for_previous(PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Before x is read. The launch before a tail lets the tail start once it has waited itself, so that the tail need
+    not wait for what precedes both."""
+    if PDL:
+        if BEFORE_TAIL:
+            pdl_wait()
+            pdl_launch_next()
+        elif IS_TAIL:
+            pdl_launch_next()
+        else:
+            pdl_launch_next()
+            pdl_wait()
+
+
+@gluon.jit
+def store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+               BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """A tile of y^T and bias to y, through shared memory as whole lines."""
+    if HAS_BIAS:
+        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
+        acc += gl.expand_dims(bias, 1)
+    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
+    tma.store_wait(0)
