@@ -184,7 +184,8 @@ def triton_version() -> str:
 Product = tuple[torch.device, torch.dtype, int, int, bool, int, int, int, bool]
 
 
-def _key_of(product: Product) -> Key:
+def key_of(product: Product) -> Key:
+    """The key that tables keep a product under."""
     device, dtype, bits, group_size, symmetric, n, k, m, int8 = product
     scheme = scheme_label(bits, group_size, symmetric, k, int8)
     return Key(_gpu(device), triton_version(), str(dtype).removeprefix("torch."), scheme, n, k, m)
@@ -192,7 +193,7 @@ def _key_of(product: Product) -> Key:
 
 @lru_cache(maxsize=8192)
 def _kept(product: Product) -> Choice | None:
-    return lookup(_key_of(product))
+    return lookup(key_of(product))
 
 
 def choose(
@@ -219,7 +220,7 @@ def _search_once(product: Product) -> None:
     if torch.cuda.is_current_stream_capturing():
         return
     _searched.add(product)
-    key = _key_of(product)
+    key = key_of(product)
     found = _find(key)
     if found is None or found[0] != key:
         from compress.kernels import tune

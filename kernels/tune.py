@@ -6,8 +6,8 @@ Metric: microseconds a call as in `compress.kernels.bench`; a configuration whos
     compiling   first, every distinct kernel once, by several processes that share Triton's cache
     timing      each configuration of a cell by a short graph, one round of weight copies; then the FINALISTS fastest
                 by longer graphs, replayed in turns, so that a drifting clock does not choose
-    --budget-s  seconds of timing for the whole run; each cell gets an equal share of what is left, and tries
-                configurations in order of their distance from the kernel's own rule until it is spent
+    --budget-s  seconds of timing for the whole run; each cell gets an equal share of what is left, and tries what the
+                tables have for it, then configurations in order of their distance from the kernel's own rule
 
 Prints the best of each cell and what the rule takes there. After each shape --out DIR keeps everything, and --table DIR
 adds the best of each cell to the table of this GPU and Triton version (`kernels/tables` is what is shipped), by dtype
@@ -110,10 +110,26 @@ class Weights:
         return self._packed[tunable.pack]
 
     def candidates(self, m: int) -> list[tuple[Tunable, Any]]:
-        """Every kernel's candidates at M = m, the kernels in turns."""
+        """What this machine's tables answer, then every kernel's candidates at M = m, the kernels in turns.
+
+        A table's answer comes first because a new entry takes its place, however few the budget allows to be tried.
+        """
         n, k = self.p.n, self.p.k
         every = [[(t, c) for c in candidates(t, m, n, k, self.copies(t)[0])] for t in self.tunables if t.takes(n, k)]
-        return [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
+        pairs = [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
+        present = self._present(m)
+        return pairs if present is None else [present, *(pair for pair in pairs if pair != present)]
+
+    def _present(self, m: int) -> tuple[Tunable, Any] | None:
+        p, device = self.p, torch.device(self.p.device)
+        int8 = self.tunables[0].int8
+        key = dispatch.key_of((device, self.dtype, p.bits, p.group, p.symmetric, p.n, p.k, dispatch.m_bucket(m), int8))
+        choice = dispatch.lookup(key)
+        for tunable in self.tunables:
+            config: Any = dispatch.as_config(choice, tunable.name, tunable.config)
+            if config is not None and tunable.takes(p.n, p.k) and tunable.fits(self.copies(tunable)[0], config):
+                return tunable, config
+        return None
 
 
 def tune_cell(weights: Weights, x: Tensor, reference: Tensor, budget_s: float = math.inf) -> list[dict[str, Any]]:

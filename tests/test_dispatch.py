@@ -471,6 +471,20 @@ def test_a_cell_without_budget_tries_the_rule_alone(monkeypatch: pytest.MonkeyPa
     assert cell["rule"] and cell["final"] and cell["config"]["split_k"] == 1
 
 
+def test_what_the_table_has_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a table asked for this very product that answers 16; the rule, 1, comes after it, each once."""
+    without_gpu(monkeypatch, SHORT, SHORT)
+    p = Problem(32, 256, "cpu", 64)
+    weights = tune.Weights(p, torch.float16, [tunables.TUNABLES["w4a16"]])
+    (rule, *_) = weights.candidates(3)
+    asked: list[Key] = []
+    answer = Choice("w4a16", vars(replace(rule[1], split_k=16)))
+    monkeypatch.setattr(dispatch, "lookup", lambda key: asked.append(key) or answer)
+    found = [config.split_k for _, config in weights.candidates(3)]
+    assert found[:2] == [16, 1] and sorted(found) == sorted(SHORT)
+    assert asked == [Key("cpu", dispatch.triton_version(), "float16", "w4g64 sym", 32, 256, 4)]
+
+
 def test_a_run_keeps_every_shape_it_finished(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
