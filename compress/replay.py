@@ -128,7 +128,8 @@ class Replay:
             reason = str(cause).partition("\n")[0]
             raise EnvironmentProblem(
                 f"a training step cannot be captured in a CUDA graph ({reason}): it may do nothing that waits for the "
-                f"GPU, as routed experts and dynamic rotary tables do; set {self.switch}=false"
+                f"GPU, as routed experts and dynamic rotary tables do; with {self.switch}=false the run goes on where "
+                "this stopped"
             ) from error
         self.gradients = [p.grad for p in self.parameters]
         self.graph = graph

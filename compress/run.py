@@ -104,10 +104,16 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def quantize_mark(config: RunConfig, source_sha256: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that decides the bytes of the artifact, as far as it is known before text is read."""
+    """Everything that decides the bytes of the artifact, as far as it is known before text is read.
+
+    Whether steps are replayed as CUDA graphs does not: a run that cannot be captured goes on without, where it stopped.
+    """
+    quant = to_plain(config.quant)
+    for part in ("learn", "tune"):
+        del quant[part]["graphs"]
     return {
         "source": source_sha256,
-        "quant": to_plain(config.quant),
+        "quant": quant,
         "budget": to_plain(config.budget) if config.budget.enabled else None,
         "calibration_config": to_plain(config.calibration) if config.needs_calibration else None,
         "device": device.type,

@@ -95,9 +95,9 @@ def test_codes_are_trained_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch
     command line wins over both."""
     on_cpu, on_gpu = (composed(f"recipe={recipe}", f"device={device}") for device in ("cpu", "cuda:1"))
     assert on_cpu.quant.tune == TuneConfig(enabled=True) and on_cpu.calibration.tune_generated == 0
-    assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == 2048
-    n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + 2048
-    assert 950 < on_gpu.quant.tune.epochs * n / on_gpu.quant.tune.batch_sequences < 1050
+    assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == 4096
+    n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + 4096
+    assert 2050 < on_gpu.quant.tune.epochs * n / on_gpu.quant.tune.batch_sequences < 2200
     for seen, expected in ((True, on_gpu), (False, on_cpu)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
         assert composed(f"recipe={recipe}").quant.tune == expected.quant.tune

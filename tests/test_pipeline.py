@@ -19,6 +19,7 @@ from compress.errors import ConfigError, EnvironmentProblem, GateFailure, ModelF
 from compress.finish import finish_run
 from compress.pipeline import run_pipeline
 from compress.record import read_record
+from compress.run import quantize_mark
 from compress.state import RunState, code_sha256, locked
 
 
@@ -94,6 +95,15 @@ def test_whatever_decides_the_weights_decides_the_run_directory(config: RunConfi
     """Oracle: two recipes under one name differ in one setting of the weights, and must not share a directory."""
     other = replace(config, quant=replace(config.quant, awq=replace(config.quant.awq, n_grid=3)))
     assert run_pipeline(config)["run_dir"] != run_pipeline(other)["run_dir"]
+
+
+def test_replaying_steps_does_not_decide_the_run_directory(config: RunConfig) -> None:
+    """Oracle: the settings differ in nothing but how steps are launched: the same mark; another rate, another one."""
+    learn, tune = replace(config.quant.learn, graphs=False), replace(config.quant.tune, graphs=False)
+    plain = replace(config, quant=replace(config.quant, learn=learn, tune=tune))
+    slower = replace(config, quant=replace(config.quant, tune=replace(tune, scale_rate=1e-5)))
+    marks = [quantize_mark(c, "source", torch.device("cuda"), torch.float32) for c in (config, plain, slower)]
+    assert marks[0] == marks[1] != marks[2]
 
 
 @pytest.mark.parametrize("changed", ["w4.py", "tables/H100.json", "tasks/pairs/_template_yaml"])
