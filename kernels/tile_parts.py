@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
@@ -87,7 +94,7 @@ def load_columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """What tile t is dequantized with: the scales of its groups in DTYPE, where `in_units` in those of the row, then
     their zeros, [BLOCK_N] each. part_of_unit: 1 / `row_unit`."""
-    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    PARTS: gl.constexpr = parts_of(GROUP)
     columns = ()
     for s in gl.static_range(PARTS):
         scale = load_row(scale_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N)
@@ -127,6 +134,114 @@ def to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexp
         return acc
     rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
+
+
+@gluon.constexpr_function
+def parts_of(group):  # type: ignore[no-untyped-def]
+    """Scale groups in a tile of K."""
+    return 1 if group >= 128 else 128 // group
+
+
+@gluon.constexpr_function
+def tiles_ahead(group):  # type: ignore[no-untyped-def]
+    """How many tiles before they are used scales are loaded: they come from memory and are few; further ahead than a
+    load takes, as far as registers allow."""
+    return 2 if parts_of(group) <= 2 else 1
+
+
+@gluon.jit
+def rows_of_operand(n0, BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of W [BLOCK_N] as the MMA's left operand has them."""
+    return n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
+
+
+@gluon.jit
+def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr,
+                  EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
+                  CTAS: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """1 / `row_unit`, and `load_columns` of the first tiles that `multiply_tiles` has to find loaded."""
+    rn = rows_of_operand(n0, BLOCK_N, gl.DotOperandLayout(0, mma_layout(BLOCK_M, WARPS, CTAS), 2))
+    part_of_unit = 1.0 / row_unit(scale_ptr, rn, N, K, GROUP)
+    columns = ()
+    for i in gl.static_range(tiles_ahead(GROUP)):
+        columns = columns + load_columns(
+            scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
+        )
+    return part_of_unit, columns
+
+
+@gluon.jit
+def copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, live,
+                WORDS: gl.constexpr, X: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both."""
+    if WORDS:
+        mbarrier.expect(ready.index(stage), BYTES, pred=live)
+        tma.async_copy_global_to_shared(
+            words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage), pred=live
+        )
+    if X:
+        for h in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
+            )
+
+
+@gluon.jit
+def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
+                   first, last, n0, m0, N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr,
+                   BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+                   CTAS: gl.constexpr, BYTES: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
+    way. empty: where to arrive for another warp to copy what follows; None: copy it here.
+
+    A tile of K is two groups of MMAs, and while one runs, the operand of the other is dequantized. Nothing but acc
+    outlives an iteration, for which ptxas would move registers: low and high are handed on to the wait alone.
+    """
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    PARTS: gl.constexpr = parts_of(GROUP)
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    AHEAD: gl.constexpr = tiles_ahead(GROUP)
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
+    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
+    high = low
+    stage = 0
+    phase = 0
+    for t in range(first, last):
+        mbarrier.wait(ready.index(stage), phase)
+        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
+        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
+        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+        columns = columns + load_columns(
+            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, GROUP,
+            HAS_ZERO, EVEN_N, DTYPE,
+        )  # fmt: skip
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
+        behind = stage - 1
+        if behind < 0:
+            behind = STAGES - 1
+        if empty is not None:
+            mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
+        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
+        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+        if empty is None:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
+            gl.thread_barrier()
+            ahead = t - 1 + STAGES
+            copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
+                       (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
+        later = ()
+        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
+            later = later + (columns[i],)
+        columns = later
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
+    return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
 
 
 @gluon.jit

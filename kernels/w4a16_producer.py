@@ -19,9 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -29,14 +26,11 @@ from compress.kernels.gluon_parts import pdl_wait, store_by_each
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
-    half_tile,
-    load_columns,
-    load_words,
+    first_columns,
     mma_layout,
-    row_unit,
+    multiply_tiles,
     store_tile,
     tile_origin,
-    to_size,
     wait_for_previous,
 )
 from compress.kernels.w4a16 import KernelWeight
@@ -82,50 +76,12 @@ def _copy_x(x_desc, ready, x_smem, m0, t, stage, live):  # type: ignore[no-untyp
 def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """float32 [BLOCK_N, BLOCK_M]: the tile's sums over its part of K. The loop is `_tiled_kernel`'s."""
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, 1)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
-    AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    part_of_unit = 1.0 / row_unit(scale_ptr, rn, N, K, GROUP)
-    columns = ()
-    for i in gl.static_range(AHEAD):
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
-        )
-    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
-    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
-    high = low
-    stage = 0
-    phase = 0
-    for t in range(first, last):
-        mbarrier.wait(ready.index(stage), phase)
-        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, 1, A)
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
-        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, DTYPE
-        )
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))
-        behind = stage - 1
-        if behind < 0:
-            behind = STAGES - 1
-        mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
-        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
-        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        later = ()
-        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
-            later = later + (columns[i],)
-        columns = later
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
-    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return (to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA),)
+    """`multiply_tiles` with copies by the other partition."""
+    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
+                                          BLOCK_N, WARPS, 1, DTYPE)  # fmt: skip
+    return (multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
+                           first, last, n0, 0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
+                           1, 0, DTYPE),)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])

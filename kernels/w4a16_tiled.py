@@ -47,10 +47,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -67,14 +63,12 @@ from compress.kernels.gluon_parts import (
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
-    half_tile,
-    load_columns,
-    load_words,
+    copy_stage,
+    first_columns,
     mma_layout,
-    row_unit,
+    multiply_tiles,
     store_tile,
     tile_origin,
-    to_size,
     wait_for_previous,
 )
 from compress.kernels.w4a16 import KernelWeight
@@ -91,22 +85,6 @@ def _sum_layout(columns, warps, ctas):  # type: ignore[no-untyped-def]
     """[tokens, columns] float32 dealt out to the cluster by tokens, 16 bytes a thread along the columns."""
     wide = columns // 4 if columns < 128 else 32
     return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(ctas, 2))
-
-
-@gluon.jit
-def _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, live,
-                WORDS: gl.constexpr, X: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both."""
-    if WORDS:
-        mbarrier.expect(ready.index(stage), BYTES, pred=live)
-        tma.async_copy_global_to_shared(
-            words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage), pred=live
-        )
-    if X:
-        for h in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
-            )
 
 
 @gluon.jit
@@ -139,12 +117,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
-    # scales come from memory and are few: loaded AHEAD tiles before they are used, more than a load takes
-    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
-    AHEAD: gl.constexpr = 2 if PARTS <= 2 else 1
 
     pid = gl.program_id(0)  # of a cluster, where there are any
     tile = first_tile + pid
@@ -170,58 +143,18 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     for i in gl.static_range(STAGES):
-        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                    True, False, BYTES)  # fmt: skip
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, A))
-    part_of_unit = 1.0 / row_unit(scale_ptr, rn, N, K, GROUP)
-    columns = ()
-    for i in gl.static_range(AHEAD):
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, first + i, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
-        )
+        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   True, False, BYTES)  # fmt: skip
+    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
+                                          BLOCK_N, WARPS, CTAS, dtype)  # fmt: skip
     wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
-        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                    False, True, BYTES)  # fmt: skip
+        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   False, True, BYTES)  # fmt: skip
 
-    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
-    low = gl.zeros((BLOCK_N, 64), dtype, A)
-    high = low
-    stage = 0
-    phase = 0
-    for t in range(first, last):
-        mbarrier.wait(ready.index(stage), phase)
-        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
-        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
-        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
-        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rn, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, dtype
-        )
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
-        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, dtype, BLOCK_N, A)
-        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
-        behind = stage - 1
-        if behind < 0:
-            behind = STAGES - 1
-        gl.thread_barrier()
-        ahead = t - 1 + STAGES
-        _copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
-                    (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
-        later = ()
-        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
-            later = later + (columns[i],)
-        columns = later
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
-    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    acc = to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, dtype, BLOCK_N, MMA)
-
+    acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, None, columns,
+                         part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
+                         STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
     if SPLIT > 1:
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
