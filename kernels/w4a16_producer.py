@@ -18,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -26,6 +25,7 @@ from compress.kernels.gluon_parts import pdl_wait, store_by_each
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
+    copy_stage,
     first_columns,
     mma_layout,
     multiply_tiles,
@@ -44,32 +44,21 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
              IS_TAIL: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
     for i in gl.static_range(STAGES):
-        mbarrier.expect(ready.index(i), BYTES, pred=first + i < last)
-        tma.async_copy_global_to_shared(
-            words_desc, [((first + i) * N + n0) // 2, 0], ready.index(i), words_smem.index(i), pred=first + i < last
-        )
+        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   True, False, BYTES)  # fmt: skip
     wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
-        _copy_x(x_desc, ready, x_smem, m0, first + i, i, first + i < last)
+        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   False, True, BYTES)  # fmt: skip
     stage = 0
     phase = 0
     for t in range(first + STAGES, last):
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(ready.index(stage), BYTES)
-        tma.async_copy_global_to_shared(words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage))
-        _copy_x(x_desc, ready, x_smem, m0, t, stage, True)
+        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, BYTES)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase = phase ^ 1
-
-
-@gluon.jit
-def _copy_x(x_desc, ready, x_smem, m0, t, stage, live):  # type: ignore[no-untyped-def]
-    for h in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
-        )
 
 
 @gluon.jit
