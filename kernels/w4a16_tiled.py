@@ -22,7 +22,8 @@ memory as whole lines.
 Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them
 where there are few, are computed by split_k programs each, which share out K and leave float32 sums in a workspace.
 With `cluster` they run side by side on neighbouring multiprocessors, and after the barrier of the cluster each adds up
-its share of the tile's tokens, in order: the same bits every run, no counter, no second kernel. A cluster needs room
+its share of the tile's tokens, in order: the same bits every run, no counter, no second kernel. Two keep what is their
+own share in registers and exchange the rest. A cluster needs room
 for all of its programs at once, which costs more where each runs long; without, a second kernel adds up.
 
     cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |       each a [BLOCK_N, BLOCK_M] sum
@@ -59,6 +60,7 @@ from compress.kernels.gluon_parts import (
     cluster_shares,
     pdl_wait,
     store_by_each,
+    store_eights_by_each,
 )
 from compress.kernels.tile_parts import (
     GROUP_N,
@@ -104,6 +106,40 @@ def _add_up(sums_ptr, bias_ptr, out_ptr, m0, n0, M, N,
         total += gl.expand_dims(gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32), 0)
     y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
     gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.constexpr_function
+def _out_layout(columns, warps):  # type: ignore[no-untyped-def]
+    """[tokens, columns] of 16 bits, each program of a pair with its own; 16 bytes a thread along the columns."""
+    wide = columns // 8 if columns < 256 else 32
+    return gl.BlockedLayout([1, 8], [32 // wide, wide], [warps, 1], [1, 0], cluster_bases(2, 2))
+
+
+@gluon.jit
+def _exchange_halves(acc, sums_ptr, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS: gl.constexpr,
+                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """A tile of y from a cluster of two: each keeps half of the tokens in registers and hands over the other's, half of
+    the traffic of handing over all. The sum of two is the same in either order."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    H: gl.constexpr = mma_layout(HALF, WARPS, 2)
+    low, high = gl.split(acc.reshape([BLOCK_N, 2, HALF]).permute(0, 2, 1))
+    low = gl.convert_layout(low, H, assert_trivial=True)
+    high = gl.convert_layout(high, H, assert_trivial=True)
+    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, H))
+    at = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, H)), 0) * BLOCK_N + gl.expand_dims(rn, 1)
+    store_by_each(sums_ptr + rank * (HALF * BLOCK_N) + at, gl.where(rank == 0, high, low))
+    if WAIT:
+        pdl_wait()
+    cluster_barrier()
+    total = gl.where(rank == 0, low, high) + gl.load(sums_ptr + (1 - rank) * (HALF * BLOCK_N) + at)
+    if HAS_BIAS:
+        total += gl.expand_dims(gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32), 1)
+    L: gl.constexpr = _out_layout(BLOCK_N, WARPS)
+    y = gl.convert_layout(total.to(out_ptr.dtype.element_ty).permute(1, 0), L)
+    token = m0 + rank * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L))
+    column = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
+    y_at = out_ptr + (gl.expand_dims(token.to(gl.int64) * N, 1) + gl.expand_dims(column, 0))
+    store_eights_by_each(y_at, y, gl.expand_dims(token < M, 1) & gl.expand_dims(column < N, 0))
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -156,9 +192,13 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
                          part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
                          STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
     if SPLIT > 1:
+        sums_ptr = workspace_ptr + gl.to_tensor(sums).to(gl.int64) * (BLOCK_M * BLOCK_N)
+        if CTAS == 2:
+            _exchange_halves(acc, sums_ptr, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, WARPS,
+                             IS_TAIL and PDL)  # fmt: skip
+            return
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        sums_ptr = workspace_ptr + gl.to_tensor(sums).to(gl.int64) * (BLOCK_M * BLOCK_N)
         store_by_each(sums_ptr + rank * (BLOCK_M * BLOCK_N) + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
         if IS_TAIL and PDL:
             pdl_wait()  # whoever waits for this launch means the one before it, too
