@@ -121,10 +121,18 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
 
 
-def max_registers(warps: int, block_m: int) -> int:
-    """Registers a thread at launch: consumers and a warpgroup of which the producer is a part share what a program may
-    have, one program a multiprocessor with 8 consumer warps or tiles of many tokens, else two."""
-    programs = 1 if warps > 4 or block_m > 64 else 2
+def max_registers(warps: int, block_m: int, block_n: int) -> int:
+    """Registers a thread at launch, for consumers and a warpgroup of which the producer is a part.
+
+    So few as let small programs be four or three a multiprocessor: the next kernel's then begin to copy words while
+    these still compute. Two, or one with 8 consumer warps or many tokens, where accumulators and operands need more.
+    """
+    if warps > 4 or block_m > 64:
+        programs = 1
+    elif block_n == 64:
+        programs = 4
+    else:
+        programs = 3 if block_m == 16 else 2
     return min(232, 65536 // (32 * (warps + 4) * programs) // 8 * 8)
 
 
@@ -141,5 +149,6 @@ def launch_producer(
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
         SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
-        num_warps=config.warps, maxnreg=max_registers(config.warps, config.block_m), launch_pdl=pdl,
+        num_warps=config.warps, maxnreg=max_registers(config.warps, config.block_m, config.block_n),
+        launch_pdl=pdl,
     )  # fmt: skip
