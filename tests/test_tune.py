@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from architectures import token_ids
 from safetensors.torch import load_file
 from test_blocks import deep_model_dir, engine_inputs, tensors_of  # noqa: F401 (a fixture)
+from test_head import tied_model_dir  # noqa: F401 (a fixture)
 from test_learn import SCHEMES, TUNE, blocks_of, learn_config, nothing, random_weight, rounded
 from tiny_runs import tiny_config, verify_in_process
 from torch import Tensor, nn
@@ -357,20 +357,16 @@ def test_a_run_with_sequences_for_tuning_alone(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_are_trained_where_asked(
-    tied: bool, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool,
+    tiny_model_dir: Path,
+    tied_model_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracles: the fresh process of the verification, which computes the tuned model's logits from the artifact; the
     tensors there: moved, by no more than the steps allow; tied ones once."""
-    from transformers import AutoModelForCausalLM
-
     verify_in_process(monkeypatch)
-    source = tiny_model_dir
-    if tied:
-        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="auto")
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-        source = Path(shutil.copytree(tiny_model_dir, tmp_path / "tied"))
-        model.save_pretrained(source)
+    source = tied_model_dir if tied else tiny_model_dir
     plain = tiny_config(source, tmp_path)
     tune = replace(CODES, epochs=6, batch_sequences=4, held_out=0.3, embedding_rate=1e-3)
     config = replace(plain, quant=replace(plain.quant, scheme=SchemeConfig(bits=2, group_size=16), tune=tune))
