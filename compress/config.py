@@ -212,6 +212,8 @@ class TuneConfig:
     # largest relative change of a scale in one step, and of a norm's gain
     scale_rate: float = 2e-3
     norm_rate: float = 1e-3
+    # largest move of an entry of the embedding and of the head in one step, where these are not quantized; 0: they stay
+    embedding_rate: float = 0.0
     # largest move of a weight in one step, in quantization steps; 0: codes stay
     code_rate: float = 0.0
     # how far towards the real weight a weight begins in its rounding cell
@@ -226,7 +228,8 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _positive("quant.tune", epochs=self.epochs, batch_sequences=self.batch_sequences, patience=self.patience)
-        _at_least(0, "quant.tune", scale_rate=self.scale_rate, norm_rate=self.norm_rate, code_rate=self.code_rate)
+        _at_least(0, "quant.tune", scale_rate=self.scale_rate, norm_rate=self.norm_rate, code_rate=self.code_rate,
+                  embedding_rate=self.embedding_rate)  # fmt: skip
         if not 0 < self.held_out < 1:
             raise ConfigError(f"quant.tune.held_out={self.held_out} must lie between 0 and 1")
         if not 0 <= self.pull < 1:

@@ -79,13 +79,14 @@ def forecast(loaded: LoadedModel, plan: Plan, load: Load, dtype: torch.dtype) ->
 
 def tuning_state_bytes(loaded: LoadedModel, plan: Plan, dtype: torch.dtype) -> int:
     """What end-to-end tuning holds on the device whatever the batch: each code in one byte, or as a float32 with its
-    gradient and two moments where codes are trained; all that lies outside the blocks, and a second head where that is
-    quantized."""
+    gradient and two moments where codes are trained; all that lies outside the blocks, as much as a code where it is
+    trained, and a second head where that is quantized."""
     codes = sum(p.n * p.k for p in plan.linears if p.scheme is not None)
     kept = sum(p.n * p.k for p in plan.linears if p.scheme is None)
     outside = _n_outside(loaded)
     head = plan.head.n * plan.head.k if plan.head is not None else 0
-    return (16 if plan.config.tune.trains_codes else 1) * codes + (kept + outside + head) * dtype.itemsize
+    trained = 16 * outside if plan.config.tune.embedding_rate > 0 else 0
+    return (16 if plan.config.tune.trains_codes else 1) * codes + (kept + outside + head) * dtype.itemsize + trained
 
 
 def _n_outside(loaded: LoadedModel) -> int:

@@ -28,7 +28,7 @@ from compress.learn_pass import repeatable, split_batches, training_precision
 from compress.methods.adam import Adam
 from compress.methods.distill import TunedLinear, kl_to_teacher
 from compress.methods.signround import stored, unpack_offsets
-from compress.models import LoadedModel
+from compress.models import LoadedModel, retie
 from compress.streams import (
     HiddenStream,
     captured_as_called,
@@ -50,8 +50,8 @@ _STEPS_BETWEEN_CHECKS = 32
 @dataclass
 class TuneNote:
     """KL to the original on the held-out calibration sequences, in nats a token, before and after; steps made of
-    those planned; how many values were trained; the share of the codes that changed. `kl_after` is never above
-    `kl_before`: the best state seen is kept."""
+    those planned; how many values were trained, `n_embedding` those of embedding and head; the share of the codes that
+    changed. `kl_after` is never above `kl_before`: the best state seen is kept."""
 
     kl_before: float
     kl_after: float
@@ -59,6 +59,7 @@ class TuneNote:
     steps_planned: int
     n_scales: int
     n_norms: int
+    n_embedding: int
     n_codes: int
     changed: float
 
@@ -106,21 +107,22 @@ def tune_model(
                 note = tuner.run(on_step, captured)
             verify_logits = tuner.verify_logits()
         finally:
-            _put_back(loaded.model, tuner.fixed_norms | tuner.original_head)
-        norms = tuner.changed_norms()
+            _put_back(loaded.model, tuner.with_ties(tuner.fixed) | tuner.original_head)
+            retie(loaded.model, loaded.tied)
+        changed = tuner.changed()
     n_changed = 0
     for index, (block, state) in enumerate(zip(loaded.blocks, states, strict=True)):
         prefix = f"{block.name}."
         quantized = {name: linears[prefix + name].learned.quantized().to("cpu") for name in state.quantized}
         n_changed += sum(int((q.codes != state.quantized[name].codes).sum()) for name, q in quantized.items())
-        own = {n.removeprefix(prefix): v for n, v in norms.items() if n.startswith(prefix)}
+        own = {n.removeprefix(prefix): v for n, v in changed.items() if n.startswith(prefix)}
         save_block(out, index, BlockState(quantized, state.changed | own, state.reports))
     head = load_head(inputs.checkpoints)
     if head is not None:  # as it is: the folder holds all that the artifact is made of
         save_head(out, head)
     note.changed = n_changed / max(note.n_codes, 1)
     outside = set(loaded.outside_blocks())
-    save_tuned(out, {n: v for n, v in norms.items() if n in outside}, verify_logits, asdict(note))
+    save_tuned(out, {n: v for n, v in changed.items() if n in outside}, verify_logits, asdict(note))
     return note, verify_logits
 
 
@@ -191,10 +193,10 @@ class _Lessons:
 
 @dataclass
 class _Snapshot:
-    """A state to go back to: of each linear, and the norms in order."""
+    """A state to go back to: of each linear, and the dense weights in order."""
 
     linears: list[tuple[Tensor | None, Tensor]]
-    norms: list[Tensor]
+    dense: list[Tensor]
 
 
 class _Tuner:
@@ -204,20 +206,21 @@ class _Tuner:
         self.inputs, self.lessons, self.linears = inputs, lessons, linears
         self.config: TuneConfig = inputs.plan.config.tune
         self.model = inputs.loaded.model
-        self.norm_dtype = inputs.loaded.dtype
-        # gains of norms: the only one-dimensional weights a decoder has
-        self.fixed_norms = {
-            name: p.detach() for name, p in self.model.named_parameters() if p.ndim == 1 and name.endswith(".weight")
-        }
+        self.stored_dtype = inputs.loaded.dtype
         self.original_head, self.quantized_head = self._heads()
-        self.norms = {n: nn.Parameter(p.float().clone()) for n, p in self.fixed_norms.items()}
+        # dense weights in training, as they were; gains of norms are the only one-dimensional weights a decoder has
+        norms = [n for n, p in self.model.named_parameters() if p.ndim == 1 and n.endswith(".weight")]
+        tables = self._tables() if self.config.embedding_rate > 0 else []
+        self.fixed = {n: self.model.get_parameter(n).detach() for n in norms + tables}
+        self.dense = {n: nn.Parameter(p.float().clone()) for n, p in self.fixed.items()}
         learned = [linear.learned for linear in linears.values()]
         codes = [w.u for w in learned if isinstance(w.u, nn.Parameter)]
         self.n_codes = sum(u.numel() for u in codes)
         self.adam = Adam(
             [
                 ([w.gain for w in learned], self.config.scale_rate),
-                (list(self.norms.values()), self.config.norm_rate),
+                ([self.dense[n] for n in norms], self.config.norm_rate),
+                ([self.dense[n] for n in tables], self.config.embedding_rate),
                 (codes, self.config.code_rate),
             ]
         )
@@ -234,6 +237,17 @@ class _Tuner:
             original[f"{name}.weight"] = self.model.get_parameter(f"{name}.weight").detach()
             quantized[f"{name}.weight"] = weight.to(self.inputs.device).dequantize(self.inputs.dtype)
         return original, quantized
+
+    def _tables(self) -> list[str]:
+        """Embedding and head by name: once where they are tied, and without a head that is quantized."""
+        loaded = self.inputs.loaded
+        outside = [n for n in loaded.outside_blocks() if n not in loaded.tied and n not in self.quantized_head]
+        return [n for n in outside if self.model.get_parameter(n).ndim == 2]
+
+    def with_ties(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, and under the names of parameters that share their storage."""
+        tied = {n: holder for n, holder in self.inputs.loaded.tied.items() if holder in values}
+        return values | {n: values[holder] for n, holder in tied.items()}
 
     def run(self, on_step: Callable[[int, int], None], captured: bool) -> TuneNote:
         """captured: on a GPU, a step's forward and backward passes are replayed from a CUDA graph."""
@@ -269,8 +283,8 @@ class _Tuner:
                 on_step(step, planned)
         self._restore(best_state)
         n_scales = sum(linear.learned.gain.numel() for linear in self.linears.values())
-        n_norms = sum(p.numel() for p in self.norms.values())
-        return TuneNote(before, best, step, planned, n_scales, n_norms, self.n_codes, 0.0)
+        n_norms, n_embedding = (sum(p.numel() for p in self.dense.values() if p.ndim == d) for d in (1, 2))
+        return TuneNote(before, best, step, planned, n_scales, n_norms, n_embedding, self.n_codes, 0.0)
 
     def _rate(self, step: int, planned: int) -> float:
         """Share of the rates at a step: falling to 0, for codes after a short rise."""
@@ -299,14 +313,15 @@ class _Tuner:
         tokens = torch.cat([tokens for tokens, _ in lessons])
         hidden = torch.cat([hidden for _, hidden in lessons]).to(self.inputs.device)
         with training_precision(self.inputs.device, self.inputs.dtype):
-            _place(self.model, self.fixed_norms | self.original_head)  # for the original's head
+            _place(self.model, self.with_ties(self.fixed) | self.original_head)  # for the original's head
             target = logits_of(self.inputs.loaded, tokens, hidden)
-            _place(self.model, self._live_norms() | self.quantized_head)
+            _place(self.model, self._live() | self.quantized_head)
             logits = self.model(tokens, use_cache=False).logits
         return kl_to_teacher(logits, target)
 
-    def _live_norms(self) -> dict[str, Tensor]:
-        return {n: stored(p, self.norm_dtype).to(self.inputs.dtype) for n, p in self.norms.items()}
+    def _live(self) -> dict[str, Tensor]:
+        """Dense weights in training, as they would be stored."""
+        return self.with_ties({n: stored(p, self.stored_dtype).to(self.inputs.dtype) for n, p in self.dense.items()})
 
     @torch.no_grad()
     def _held_out_kl(self, batches: list[int]) -> float:
@@ -314,25 +329,25 @@ class _Tuner:
         return sum(float(self._loss(some)) * len(some) for some in portions) / len(batches)
 
     def _snapshot(self) -> _Snapshot:
-        norms = [p.detach().clone() for p in self.norms.values()]
-        return _Snapshot([linear.learned.state() for linear in self.linears.values()], norms)
+        dense = [p.detach().clone() for p in self.dense.values()]
+        return _Snapshot([linear.learned.state() for linear in self.linears.values()], dense)
 
     @torch.no_grad()
     def _restore(self, snapshot: _Snapshot) -> None:
         for linear, state in zip(self.linears.values(), snapshot.linears, strict=True):
             linear.learned.set_state(state)
-        for p, value in zip(self.norms.values(), snapshot.norms, strict=True):
+        for p, value in zip(self.dense.values(), snapshot.dense, strict=True):
             p.copy_(value)
 
-    def changed_norms(self) -> dict[str, Tensor]:
-        """Norms by name, in the checkpoint's dtype, on the CPU; those that are as they were are left out."""
-        values = {n: p.detach().to(self.norm_dtype).cpu() for n, p in self.norms.items()}
-        return {n: v for n, v in values.items() if not torch.equal(v, self.fixed_norms[n].to(v.dtype).cpu())}
+    def changed(self) -> dict[str, Tensor]:
+        """Dense weights by name, in the checkpoint's dtype, on the CPU; those that are as they were are left out."""
+        values = {n: p.detach().to(self.stored_dtype).cpu() for n, p in self.dense.items()}
+        return {n: v for n, v in values.items() if not torch.equal(v, self.fixed[n].to(v.dtype).cpu())}
 
     @torch.no_grad()
     def verify_logits(self) -> Tensor:
         """float32 [V, T, vocab] on the CPU, in the compute dtype and without autocast."""
-        _place(self.model, self._live_norms() | self.quantized_head)
+        _place(self.model, self._live() | self.quantized_head)
         logits: Tensor = self.model(self.inputs.verify_ids.to(self.inputs.device), use_cache=False).logits
         return logits.float().cpu()
 

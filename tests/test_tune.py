@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import token_ids
+from safetensors.torch import load_file
 from test_blocks import deep_model_dir, engine_inputs, tensors_of  # noqa: F401 (a fixture)
+from test_head import tied_model_dir  # noqa: F401 (a fixture)
 from test_learn import SCHEMES, TUNE, blocks_of, learn_config, nothing, random_weight, rounded
 from tiny_runs import tiny_config, verify_in_process
 from torch import Tensor, nn
@@ -351,6 +353,34 @@ def test_a_run_with_sequences_for_tuning_alone(
 
     off = replace(config, quant=replace(plain.quant, tune=TuneConfig()), run_dir=str(tmp_path / "off"))
     assert run_pipeline(off)["calibration"]["generated"]["n_tokens"] == 3 * 24
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_trained_where_asked(
+    tied: bool,
+    tiny_model_dir: Path,
+    tied_model_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracles: the fresh process of the verification, which computes the tuned model's logits from the artifact; the
+    tensors there: moved, by no more than the steps allow; tied ones once."""
+    verify_in_process(monkeypatch)
+    source = tied_model_dir if tied else tiny_model_dir
+    plain = tiny_config(source, tmp_path)
+    tune = replace(CODES, epochs=6, batch_sequences=4, held_out=0.3, embedding_rate=1e-3)
+    config = replace(plain, quant=replace(plain.quant, scheme=SchemeConfig(bits=2, group_size=16), tune=tune))
+    record = run_pipeline(replace(config, run_dir=str(tmp_path / "run")))
+    before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    after = load_file(Path(record["artifact"]) / "model.safetensors")
+    tables = ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not tied)
+    assert ("lm_head.weight" in after) is not tied and record["verified"]
+    assert record["tuned"]["n_embedding"] == sum(before[name].numel() for name in tables)
+    assert record["tuned"]["kl_after"] < record["tuned"]["kl_before"]
+    for name in tables:
+        moved = (after[name].float() - before[name].float()).abs()
+        most = 1e-3 * record["tuned"]["steps"] + 2**-8 * before[name].float().abs().max()
+        assert after[name].dtype is before[name].dtype and 0 < float(moved.max()) < most
 
 
 def test_forecast_counts_what_tuning_keeps(deep_model_dir: Path, tmp_path: Path) -> None:  # noqa: F811
