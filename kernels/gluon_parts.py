@@ -51,44 +51,6 @@ def cluster_rank():  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def cluster_barrier():  # type: ignore[no-untyped-def]
-    """Wait for all programs of the cluster; what they wrote before it is visible after."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // $0",
-        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def store_by_each(at, value):  # type: ignore[no-untyped-def]
-    """Store float32 values at pointers `at`, by every program of a cluster: `gl.store` takes a tensor that does not
-    differ between them to be the same one, and lets the first store it."""
-    gl.inline_asm_elementwise(
-        "st.global.f32 [$1], $2; mov.b32 $0, 0;",
-        "=r,l,f",
-        [at.to(gl.int64), value],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def store_eights_by_each(at, value, mask):  # type: ignore[no-untyped-def]
-    """`store_by_each` of 16-bit values, eight neighbours at a time: 16 bytes, aligned, and masked by the first."""
-    gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.ne.s32 p, $20, 0; @p st.global.v4.b32 [$8], {$16, $17, $18, $19}; "
-        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        "mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0;}",
-        "=r,=r,=r,=r,=r,=r,=r,=r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r,r,r,r,r",
-        [at.to(gl.int64), value, mask.to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=8,
-    )
-
-
-@gluon.jit
 def _minus_base(zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
     """What to add to what `slice_weights` finds a code above: minus that and minus the zero point."""
     base: gl.constexpr = 128.0 if gl.float16 != DTYPE else (64.0 if p % 2 else 1024.0)

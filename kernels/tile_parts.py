@@ -18,9 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from compress.kernels.cluster_sums import add_up
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     cluster_bases,
+    cluster_rank,
     load_row,
     pdl_launch_next,
     pdl_wait,
@@ -35,8 +37,7 @@ GROUP_N = 8
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
-    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`), not in a
-    cluster."""
+    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`)."""
 
     block_m: int
     block_n: int
@@ -50,6 +51,11 @@ class TiledConfig:
 @gluon.constexpr_function
 def mma_layout(tokens, warps, ctas):  # type: ignore[no-untyped-def]
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16], cluster_bases(ctas, 2))
+
+
+@gluon.constexpr_function
+def barrier_layout(ctas):  # type: ignore[no-untyped-def]
+    return mbarrier.MBarrierLayout(cga_layout=cluster_bases(ctas, 1))
 
 
 @gluon.constexpr_function
@@ -255,6 +261,21 @@ def tile_origin(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_
 
 
 @gluon.jit
+def share_of_tile(first_tile, tiles, per_split, SPLIT: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Which tile this program computes, the number of its share of it, and that share of K: first tile, and the one
+    behind the last."""
+    pid = gl.program_id(0)  # of the cluster, where it is in one
+    if CTAS > 1:
+        tile = first_tile + pid
+        rank = cluster_rank()
+    else:
+        tile = first_tile + pid // SPLIT
+        rank = pid % SPLIT
+    first = gl.minimum(rank * per_split, tiles)
+    return tile, rank, first, gl.minimum(first + per_split, tiles)
+
+
+@gluon.jit
 def wait_for_previous(PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr):  # type: ignore[no-untyped-def]
     """Before x is read. The launch before a tail lets the tail start once it has waited itself, so that the tail need
     not wait for what precedes both."""
@@ -267,6 +288,23 @@ def wait_for_previous(PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.
         else:
             pdl_launch_next()
             pdl_wait()
+
+
+@gluon.jit
+def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS: gl.constexpr,
+          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
+          CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """A program's sums [BLOCK_N, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    if CTAS > 1:
+        add_up(acc, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
+    elif SPLIT > 1:
+        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+        rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
+        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
+        gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+    else:
+        store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
 
 
 @gluon.jit

@@ -110,8 +110,8 @@ DECODE = replace(
 
 # (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
 _TILES = {
-    16: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 4, 6), (256, 8, 4)),
-    32: ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 4, 6), (128, 8, 3)),
+    16: ((64, 4, 4), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 4, 6), (256, 8, 4)),
+    32: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 4, 6), (128, 8, 3)),
     64: ((64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
     128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
     256: ((64, 4, 3), (128, 8, 3)),
@@ -127,8 +127,8 @@ def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
     """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
-    plain = [config, *(replace(config, split_k=s, cluster=c) for s in splits for c in (True, False))]
-    return plain + [replace(config, split_k=s, cluster=False, producer=True) for s in (1, *splits)]
+    shared = [(1, False), *((s, c) for s in splits for c in (True, False))]
+    return [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:

@@ -6,8 +6,8 @@ all warpgroups are in step, so that none dequantizes while another multiplies. H
     producer, 1 warp     wait empty[s]; announce ready[s]; copy words, copy x (two halves)            s = tile % STAGES
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
 
-Registers move to the consumers (`setmaxnreg`): the producer needs few. All consumers are the default partition: ptxas
-serializes the MMAs of a second one (C7512). Not with clusters.
+Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
+beside it. All consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compress.kernels.gluon_parts import pdl_wait, store_by_each
+from compress.kernels.cluster_sums import meet_cluster, open_mailbox
+from compress.kernels.gluon_parts import pdl_wait
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
+    barrier_layout,
     copy_stage,
     first_columns,
-    mma_layout,
+    leave,
     multiply_tiles,
-    store_tile,
+    share_of_tile,
     tile_origin,
     wait_for_previous,
 )
@@ -41,7 +43,7 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 @gluon.jit
 def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
              STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr,
-             IS_TAIL: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             IS_TAIL: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
@@ -59,43 +61,51 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
         if stage == STAGES:
             stage = 0
             phase = phase ^ 1
+    _idle(CTAS)
+
+
+@gluon.jit
+def _idle(CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """What warps without work do while the others `open_mailbox`: a barrier of a cluster counts them, too."""
+    if CTAS > 1:
+        meet_cluster()
 
 
 @gluon.jit
 def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
+             DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """`multiply_tiles` with copies by the other partition."""
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
-                                          BLOCK_N, WARPS, 1, DTYPE)  # fmt: skip
-    return (multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
-                           first, last, n0, 0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
-                           1, 0, DTYPE),)  # fmt: skip
+                                          BLOCK_N, WARPS, CTAS, DTYPE)  # fmt: skip
+    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
+                         first, last, n0, 0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
+                         CTAS, 0, DTYPE)  # fmt: skip
+    if CTAS > 1:
+        open_mailbox(BLOCK_M, BLOCK_N)
+    return (acc,)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _producer_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
+    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
     M, N, K, tiles, first_tile, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     dtype: gl.constexpr = x_desc.dtype
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, 1)
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
 
-    pid = gl.program_id(0)
-    tile = first_tile + pid // SPLIT
-    first = gl.minimum(pid % SPLIT * per_split, tiles)
-    last = gl.minimum(first + per_split, tiles)
+    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
@@ -103,22 +113,21 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     results = gl.warp_specialize(
         [
             (_consume, (scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
-                        GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, dtype)),
+                        GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, dtype)),
             (_produce, (words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-                        STAGES, BYTES, PDL, BEFORE_TAIL, IS_TAIL)),
+                        STAGES, BYTES, PDL, BEFORE_TAIL, IS_TAIL, CTAS)),
+            (_idle, (CTAS,)),
+            (_idle, (CTAS,)),
         ],
-        [1], [PRODUCER_REGISTERS],
+        [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
     acc = results[0]
-    if IS_TAIL and PDL:
-        pdl_wait()  # whoever waits for this launch means the one before it, too
-    if SPLIT > 1:
-        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-        rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        sums_ptr = workspace_ptr + gl.to_tensor(pid).to(gl.int64) * (BLOCK_M * BLOCK_N)
-        store_by_each(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
-        return
-    store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
+    # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
+    # share of K is empty, its consumers have not, and who had the workspace before may still read it.
+    if PDL and (IS_TAIL or SPLIT > CTAS):
+        pdl_wait()
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
+          CTAS)  # fmt: skip
 
 
 def max_registers(warps: int, block_m: int, block_n: int) -> int:
@@ -137,18 +146,18 @@ def max_registers(warps: int, block_m: int, block_n: int) -> int:
 
 
 def launch_producer(
-    x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, weight: KernelWeight,
-    bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int, n_tiles: int, config: TiledConfig,
-    pdl: bool, before_tail: bool, is_tail: bool,
+    x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
+    weight: KernelWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int, n_tiles: int,
+    config: TiledConfig, ctas: int, pdl: bool, before_tail: bool, is_tail: bool,
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split = weight.words.shape[0], config.split_k
-    _producer_kernel[(n_tiles * split,)](
-        x_desc, words_desc, out_desc, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
+    _producer_kernel[(n_tiles * split // ctas,)](
+        x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
         first_tile, -(-tiles // split),
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
         SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
-        num_warps=config.warps, maxnreg=max_registers(config.warps, config.block_m, config.block_n),
-        launch_pdl=pdl,
+        CTAS=ctas, num_warps=config.warps, num_ctas=ctas,
+        maxnreg=max_registers(config.warps, config.block_m, config.block_n), launch_pdl=pdl,
     )  # fmt: skip

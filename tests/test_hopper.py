@@ -324,6 +324,10 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(64, 256, 1, 8, 4, False, True), "fp16", 64, True, True, DECODE_N, DECODE_K, (30, 100)),
     (TiledConfig(256, 128, 2, 8, 3, False, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (100, 300)),
     (TiledConfig(64, 64, 2, 4, 3, False, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    (TiledConfig(16, 128, 8, 4, 3, True, True), "bf16", 32, False, True, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 64, 4, 4, 2, True, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(256, 128, 2, 8, 3, True, True), "fp16", 64, False, True, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(64, 64, 2, 4, 3, True, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
     # 300 tiles: 264 are a whole wave, then a tail
     (TiledConfig(64, 64, 2, 4, 3), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
     (TiledConfig(64, 64, 4, 4, 3, cluster=False), "bf16", 128, True, False, (19200,), (2048,), (64,)),
