@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from compress.kernels.cluster_sums import add_up
+from compress.kernels.cluster_sums import add_up, mailbox_bytes
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     cluster_bases,
@@ -37,7 +37,8 @@ GROUP_N = 8
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
-    the machine; cluster: as one cluster. producer: copies by a warp of their own (`w4a16_producer`)."""
+    the machine; cluster: as one cluster, where sums fit the stages (`cluster_sums`). producer: copies by a warp of
+    their own (`w4a16_producer`)."""
 
     block_m: int
     block_n: int
@@ -46,6 +47,17 @@ class TiledConfig:
     stages: int
     cluster: bool = True
     producer: bool = False
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one stage: words and x of a tile of K."""
+        return self.block_n * 64 + self.block_m * 256
+
+    @property
+    def ctas(self) -> int:
+        """Programs of a cluster."""
+        fits = mailbox_bytes(self.block_m, self.block_n, self.split_k) <= self.stages * self.stage_bytes
+        return self.split_k if self.cluster and fits else 1
 
 
 @gluon.constexpr_function

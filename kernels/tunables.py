@@ -128,7 +128,8 @@ def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> li
     """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
     shared = [(1, False), *((s, c) for s in splits for c in (True, False))]
-    return [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
+    found = [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
+    return [c for c in found if c.ctas > 1 or not c.cluster]
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:

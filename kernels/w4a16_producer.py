@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compress.kernels.cluster_sums import meet_cluster, open_mailbox
+from compress.kernels.cluster_sums import attend
 from compress.kernels.gluon_parts import pdl_wait
 from compress.kernels.tile_parts import (
     GROUP_N,
@@ -66,25 +66,27 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
 
 @gluon.jit
 def _idle(CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """What warps without work do while the others `open_mailbox`: a barrier of a cluster counts them, too."""
+    """The end of every partition but the consumers'."""
     if CTAS > 1:
-        meet_cluster()
+        attend()
 
 
 @gluon.jit
-def _consume(scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
-             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
-             DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, ready, empty,
+             rank, first, last, n0, m0, M, N, K, tiles,
+             GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
+             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+             WARPS: gl.constexpr, CTAS: gl.constexpr, WAIT: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """`multiply_tiles` with copies by the other partition."""
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
                                           BLOCK_N, WARPS, CTAS, DTYPE)  # fmt: skip
     acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
-                         first, last, n0, 0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
+                         first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
                          CTAS, 0, DTYPE)  # fmt: skip
-    if CTAS > 1:
-        open_mailbox(BLOCK_M, BLOCK_N)
-    return (acc,)
+    if WAIT:
+        pdl_wait()
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
+          CTAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -110,10 +112,14 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    results = gl.warp_specialize(
+    # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
+    # share of K is empty, its consumers have not, and who had the workspace before may still read it.
+    WAIT: gl.constexpr = PDL and (IS_TAIL or SPLIT > CTAS)
+    gl.warp_specialize(
         [
-            (_consume, (scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, first, last, n0, N, K, tiles,
-                        GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, dtype)),
+            (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, ready,
+                        empty, rank, first, last, n0, m0, M, N, K, tiles, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N, BLOCK_M,
+                        BLOCK_N, STAGES, SPLIT, WARPS, CTAS, WAIT, dtype)),
             (_produce, (words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
                         STAGES, BYTES, PDL, BEFORE_TAIL, IS_TAIL, CTAS)),
             (_idle, (CTAS,)),
@@ -121,13 +127,6 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
-    acc = results[0]
-    # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
-    # share of K is empty, its consumers have not, and who had the workspace before may still read it.
-    if PDL and (IS_TAIL or SPLIT > CTAS):
-        pdl_wait()
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
-          CTAS)  # fmt: skip
 
 
 def max_registers(warps: int, block_m: int, block_n: int) -> int:

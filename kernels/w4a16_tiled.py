@@ -47,7 +47,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.cluster_sums import open_mailbox
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import cluster_bases, pdl_wait
 from compress.kernels.tile_parts import (
@@ -100,8 +99,6 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, None, columns,
                          part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
                          STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
-    if CTAS > 1:
-        open_mailbox(BLOCK_M, BLOCK_N)
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
@@ -134,7 +131,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
-    used = config.stages * (config.block_n * 64 + config.block_m * 256) + 64
+    used = config.stages * config.stage_bytes + 64
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
@@ -181,7 +178,7 @@ def _launch_tiles(
 ) -> None:  # fmt: skip
     m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
     tiles, workspace = weight.words.shape[0], None
-    ctas = split if config.cluster else 1
+    ctas = config.ctas
     if split > ctas:
         workspace = torch.empty(n_tiles * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))

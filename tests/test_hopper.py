@@ -317,7 +317,7 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(128, 64, 2, 4, 3), "fp16", 64, False, True, DECODE_N, DECODE_K, (30, 300)),
     (TiledConfig(128, 256, 1, 8, 3), "bf16", 384, True, False, DECODE_N, (1152, 16512), (100, 300)),
     (TiledConfig(16, 64, 2, 4, 6), "fp16", None, False, True, DECODE_N, (1000,), (7, 16, 30)),
-    (TiledConfig(256, 128, 8, 8, 3), "bf16", 128, False, True, DECODE_N, DECODE_K, (300,)),
+    (TiledConfig(128, 64, 8, 4, 4), "bf16", 128, False, True, DECODE_N, DECODE_K, (300,)),
     (TiledConfig(64, 128, 4, 4, 3, cluster=False), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(64, 128, 4, 4, 3, False, True), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 1, 4, 4, False, True), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 30)),
