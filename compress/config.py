@@ -386,6 +386,9 @@ class CalibrationConfig:
     generated_seed: int = 0
     # sampled at a time: memory for keys and values against speed; default 64 on a CPU, on a GPU what its memory holds
     generated_batch_size: Optional[int] = None
+    # on a GPU, the step of a token as a CUDA graph, with the same result up to how logits round; false for models whose
+    # forward waits for the GPU
+    generated_graphs: bool = True
 
     def __post_init__(self) -> None:
         _positive(

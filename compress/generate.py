@@ -3,7 +3,7 @@
 Text to calibrate on is scarce, the model is not: sequences drawn from its own next-token distribution are on its
 distribution by construction, and what learned rounding and tuning fit on them carries over to text. Every sequence
 begins with some tokens of the calibration text (so that it stays near the user's subject), or with the BOS token, and
-every token after that is drawn by inverting the cumulative distribution in float64.
+every token after that is drawn by inverting the cumulative distribution in float64 (`compress.sampling`).
 
 Differs from the paper: all tokens are drawn, none are taken greedily, and the beginnings come from text.
 
@@ -14,7 +14,6 @@ batch a sequence falls in changes its logits by rounding alone; the process's ow
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.atomic import write_atomically
 from compress.calibration import CalibrationSet
 from compress.config import CalibrationConfig
-from compress.errors import EnvironmentProblem, NumericalError, UnsupportedModel
+from compress.errors import EnvironmentProblem
 from compress.forecast import free_bytes
 from compress.models import LoadedModel, load_dense, load_model
+from compress.sampling import continue_sequences
 from compress.units import format_bytes
 
 OnStep = Callable[[int, int], None]
@@ -58,8 +58,7 @@ def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
 
     Raises:
         EnvironmentProblem: the whole model, which the quantization itself never holds, does not fit the device.
-        UnsupportedModel: a model without a KV cache.
-        NumericalError: logits that are not finite.
+        UnsupportedModel, NumericalError, EnvironmentProblem: as `continue_sequences`.
     """
     config = job.config
     length, n = config.sequence_length, config.n_sampled
@@ -81,8 +80,9 @@ def generate(job: GenerateJob, on_step: OnStep) -> dict[str, Any]:
                 on_step(number * new + t, len(batches) * new)
 
             found = continue_sequences(
-                model, begin[rows].to(job.device), uniforms[rows], config.generated_temperature, step
-            )
+                model, begin[rows].to(job.device), uniforms[rows], config.generated_temperature, step,
+                config.generated_graphs,
+            )  # fmt: skip
             done = torch.cat([done, found.cpu()])
             _write(job.file, done, job.mark)
         del model
@@ -129,63 +129,6 @@ def beginnings(text_ids: Tensor, n: int, prompt: int, first_id: int | None) -> T
     return torch.stack([text_ids[i % n_windows, at : at + width] for i, at in enumerate(rounds)])
 
 
-def continue_sequences(
-    model: nn.Module,
-    begin: Tensor,
-    uniforms: Tensor,
-    temperature: float = 1.0,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Draw tokens from a causal LM until every sequence has as many as its uniforms; an end-of-text token ends nothing.
-
-    Args:
-        model: HF causal LM with a KV cache, on the device of `begin`.
-        begin: int64 [B, P], P >= 1. uniforms: float64 [B, T - P], each in [0, 1).
-        on_step: called with the number of tokens drawn so far for each sequence.
-
-    Returns:
-        int64 [B, T] on the device of `begin`, columns 0 .. P-1 = begin.
-
-    Raises:
-        UnsupportedModel, NumericalError: as `generate`.
-    """
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # a whole prompt's logits are large
-    options = {"logits_to_keep": 1} if keeps else {}
-    n_begin, new = begin.shape[1], uniforms.shape[1]
-    tokens = torch.cat([begin, begin.new_zeros(len(begin), new)], dim=1)
-    uniforms = uniforms.to(begin.device)
-    cache, fed = None, begin
-    with torch.inference_mode():
-        for t in range(new):
-            out = model(input_ids=fed, past_key_values=cache, use_cache=True, **options)
-            cache = getattr(out, "past_key_values", None)
-            if cache is None:  # the next step would see its last token alone
-                raise UnsupportedModel(
-                    f"{type(model).__name__} gives no KV cache to go on sampling from; set calibration.generated=0"
-                )
-            fed = draw(out.logits[:, -1], uniforms[:, t : t + 1], temperature)
-            tokens[:, n_begin + t] = fed.squeeze(-1)
-            if on_step is not None:
-                on_step(t + 1)
-    return tokens
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
-    """One id a row by inversion of the cumulative distribution: [B, V], float64 [B, 1] -> int64 [B, 1].
-
-    Raises:
-        NumericalError: a row without a distribution.
-    """
-    cdf = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
-    if not torch.isfinite(cdf[:, -1]).all():
-        raise NumericalError(
-            "the model gives NaN or infinite logits while sampling calibration sequences; use compute_dtype=float32 or "
-            "bfloat16, or calibration.generated=0"
-        )
-    # right=True: the first id whose cdf exceeds u, so an id of probability 0 is never drawn
-    return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-
-
 def generation_bytes(loaded: LoadedModel, config: CalibrationConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes on the device while sampling: the whole model, keys and values of one batch, and the float64 tables of its
     logits. 0 where nothing is sampled."""
@@ -212,9 +155,11 @@ def _batch_bytes(loaded: LoadedModel, config: CalibrationConfig, rows: int, dtyp
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     weights = sum(p.numel() for p in loaded.model.parameters())
-    cache = 2 * len(loaded.blocks) * kv_heads * head_dim * config.sequence_length * rows
-    # keys and values of one block exist twice while a token is appended
-    return int((weights + cache + 2 * cache // len(loaded.blocks)) * dtype.itemsize + 3 * 8 * rows * text.vocab_size)
+    block = 2 * kv_heads * head_dim * config.sequence_length * rows
+    # A growing cache has keys and values of one block twice while a token is appended, a static one only once; and
+    # attention may repeat those of one block for each query head that shares them.
+    cache = (len(loaded.blocks) + 1 + heads // kv_heads) * block
+    return int((weights + cache) * dtype.itemsize + 3 * 8 * rows * text.vocab_size)
 
 
 def _check_memory(job: GenerateJob, batch_size: int) -> None:

@@ -32,7 +32,7 @@ from compress.models import LoadedModel, choose_device, load_model, untie
 from compress.plan import make_plan
 from compress.progress import progress
 from compress.rotation import attach_rotation
-from compress.run import Run, compute_dtype, default_run_dir, quantize_mark
+from compress.run import Run, calibration_mark, compute_dtype, default_run_dir, quantize_mark
 from compress.source import sha256_file
 from compress.state import RunState, code_sha256, fingerprint, locked
 from compress.texts import calibration_set, default_tasks, evaluation_set
@@ -177,8 +177,9 @@ def _calibrate(run: Run) -> tuple[CalibrationSet, Tensor | None, dict[str, Any]]
     if not config.n_sampled:
         return text, None, facts
     check_forecast(_forecast(run, text.n_tokens + config.generated * t), run.device, run.run_dir)
-    inputs = {"source": run.source_sha256, "text": text.sha256, "calibration": to_plain(config),
-              "device": run.device.type, "dtype": str(run.dtype), "code": code_sha256("generate.py")}  # fmt: skip
+    inputs = {"source": run.source_sha256, "text": text.sha256, "calibration": calibration_mark(config),
+              "device": run.device.type, "dtype": str(run.dtype),
+              "code": code_sha256("generate.py", "sampling.py")}  # fmt: skip
     file = run.run_dir / _GENERATED
     if run.config.force:
         file.unlink(missing_ok=True)

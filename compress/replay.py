@@ -1,4 +1,4 @@
-"""The gradients of a training step, recorded once on a GPU and replayed: a CUDA graph instead of thousands of launches.
+"""A step of training or sampling, recorded once on a GPU and replayed: a CUDA graph instead of thousands of launches.
 
 A small model's forward and backward pass are kernels of a few microseconds each, and Python takes several times as long
 to launch them as the GPU to run them. A graph is one launch.
@@ -12,8 +12,8 @@ What a step must keep to, so that the graph computes the same bytes as the funct
     Parameters are changed in place.
   * It never waits for the GPU (`item`, a comparison in an `if`) and copies nothing from the CPU.
   * It draws no random numbers.
-The optimizer stays outside, because its rates change with every step: it works on many tensors at a time, in some tens
-of launches, which are made while the graph runs.
+Of training the optimizer stays outside, because its rates change with every step: it works on many tensors at a time,
+in some tens of launches, which are made while the graph runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Replay:
 
     Args:
         step: called with tensors, and keywords that are not tensors.
-        parameters: all those that it may leave gradients in.
+        parameters: all those that it may leave gradients in; none of a step of sampling.
         device: where the graph's inputs lie; its call may get them from the CPU too.
         captured: False: every call is plain, as it must be where `can_capture` says no. Also where memory may be short:
             from the capture on, what the step has at its peak is not to be had for anything else.
@@ -127,7 +127,7 @@ class Replay:
             cause = error.__context__ or error  # ending the capture fails too, with fewer words
             reason = str(cause).partition("\n")[0]
             raise EnvironmentProblem(
-                f"a training step cannot be captured in a CUDA graph ({reason}): it may do nothing that waits for the "
+                f"a step cannot be captured in a CUDA graph ({reason}): it may do nothing that waits for the "
                 f"GPU, as routed experts and dynamic rotary tables do; with {self.switch}=false the run goes on where "
                 "this stopped"
             ) from error

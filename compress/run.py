@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compress.config import ComputeDtype, Rounding, RunConfig, to_plain
+from compress.config import CalibrationConfig, ComputeDtype, Rounding, RunConfig, to_plain
 from compress.errors import ModelFileError
 from compress.loading import load
 from compress.models import LoadedModel, load_dense, load_model
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 _QUANTIZE_CODE = (
     "quant.py", "packing.py", "methods", "rotated.py", "rotation.py", "blocks.py", "head.py", "awq_pass.py",
     "learn_pass.py", "tune.py", "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py",
-    "allocate.py", "sensitivity.py", "calibration.py", "generate.py", "checkpoint.py", "artifact.py",
+    "allocate.py", "sensitivity.py", "calibration.py", "generate.py", "sampling.py", "checkpoint.py",
+    "artifact.py",
 )  # fmt: skip
 
 
@@ -115,11 +116,18 @@ def quantize_mark(config: RunConfig, source_sha256: str, device: torch.device, d
         "source": source_sha256,
         "quant": quant,
         "budget": to_plain(config.budget) if config.budget.enabled else None,
-        "calibration_config": to_plain(config.calibration) if config.needs_calibration else None,
+        "calibration_config": calibration_mark(config.calibration) if config.needs_calibration else None,
         "device": device.type,
         "dtype": str(dtype),
         "code": code_sha256(*_QUANTIZE_CODE),
     }
+
+
+def calibration_mark(config: CalibrationConfig) -> dict[str, Any]:
+    """All settings of calibration that decide its tokens: as with `quantize_mark`, how steps are launched does not."""
+    mark: dict[str, Any] = to_plain(config)
+    del mark["generated_graphs"]
+    return mark
 
 
 def default_run_dir(config: RunConfig, mark: dict[str, Any]) -> Path:

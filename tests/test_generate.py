@@ -10,17 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import stages, tiny_config, verify_in_process
-from transformers import AutoModelForCausalLM
 
 import compress.generate as generation
 from compress.calibration import CalibrationSet
 from compress.config import CalibrationConfig
-from compress.errors import ConfigError, EnvironmentProblem, NumericalError, UnsupportedModel
+from compress.errors import ConfigError, EnvironmentProblem
 from compress.generate import (
     GenerateJob,
     beginnings,
-    continue_sequences,
-    draw,
     generate,
     generation_bytes,
     mixed,
@@ -29,6 +26,7 @@ from compress.generate import (
 )
 from compress.models import load_model
 from compress.pipeline import run_pipeline
+from compress.sampling import continue_sequences
 
 CPU = torch.device("cpu")
 
@@ -47,41 +45,6 @@ def job(tiny_model_dir: Path, tmp_path: Path) -> GenerateJob:
 
 def quiet(_done: int, _total: int) -> None:
     pass
-
-
-def test_draws_follow_the_tempered_distribution() -> None:
-    """Oracle: softmax(logits / temperature) at evenly spread uniforms: each id comes as often as its probability says,
-    to one draw, and an id of probability 0 never."""
-    logits = torch.tensor([[2.0, 0.0, -1.0, -torch.inf, 1.0]])
-    uniform = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000).unsqueeze(1)
-    for temperature in (0.5, 1.0, 2.0):
-        ids = draw(logits.expand(len(uniform), -1), uniform, temperature)
-        expected = 10_000 * torch.softmax(logits[0].double() / temperature, -1)
-        assert (torch.bincount(ids.flatten(), minlength=5) - expected).abs().max() <= 1
-    with pytest.raises(NumericalError, match="NaN or infinite logits"):
-        draw(torch.tensor([[float("nan"), 0.0]]), uniform[:1])
-
-
-def test_sequences_are_the_inverted_distribution_of_a_full_forward(tiny_model_dir: Path) -> None:
-    """Oracle: the same uniforms inverted with the logits of one forward without cache over the finished sequences."""
-    tiny = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-    begin = torch.tensor([[5, 9, 33], [200, 1, 7]])
-    uniforms = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    tokens = continue_sequences(tiny, begin, uniforms, 1.3)
-    assert torch.equal(tokens[:, :3], begin)
-    with torch.inference_mode():
-        cdf = (tiny(input_ids=tokens).logits.double() / 1.3).softmax(-1).cumsum(-1)
-    for t in range(9):
-        assert torch.equal((cdf[:, 2 + t] <= uniforms[:, t : t + 1]).sum(-1), tokens[:, 3 + t])
-
-
-def test_a_model_without_a_cache_is_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: a model that forgets: continuing from its last token alone would be another distribution."""
-    tiny = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-    real = tiny.forward
-    monkeypatch.setattr(tiny, "forward", lambda **kw: real(**kw | {"use_cache": False}))
-    with pytest.raises(UnsupportedModel, match="no KV cache"):
-        continue_sequences(tiny, torch.tensor([[1, 2]]), torch.rand(1, 3, dtype=torch.float64))
 
 
 def test_beginnings_use_every_window_before_going_further_in() -> None:
@@ -190,8 +153,8 @@ def test_settings_that_leave_nothing_to_sample() -> None:
 def test_a_run_calibrates_on_both_and_says_so(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the record, the manifest and the card name the sequences; a second run samples nothing; a run whose file
-    is gone samples the same again."""
+    """Oracle: the record, the manifest and the card name the sequences; a second run samples nothing, with other graphs
+    neither; a run whose file is gone samples the same again."""
     verify_in_process(monkeypatch)
     plain = tiny_config(tiny_model_dir, tmp_path)
     calibration = replace(plain.calibration, generated=3, generated_prompt=8, generated_batch_size=2)
@@ -210,6 +173,8 @@ def test_a_run_calibrates_on_both_and_says_so(
 
     monkeypatch.setattr(generation, "continue_sequences", lambda *_: pytest.fail("sampled again"))
     assert run_pipeline(config)["calibration"] == record["calibration"]
+    plainly = replace(config, calibration=replace(calibration, generated_graphs=False))
+    assert run_pipeline(plainly)["calibration"] == record["calibration"]
     monkeypatch.setattr(generation, "continue_sequences", continue_sequences)
     (tmp_path / "run" / "generated.safetensors").unlink()
     assert run_pipeline(config)["calibration"] == record["calibration"]

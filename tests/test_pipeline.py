@@ -100,7 +100,8 @@ def test_whatever_decides_the_weights_decides_the_run_directory(config: RunConfi
 def test_replaying_steps_does_not_decide_the_run_directory(config: RunConfig) -> None:
     """Oracle: the settings differ in nothing but how steps are launched: the same mark; another rate, another one."""
     learn, tune = replace(config.quant.learn, graphs=False), replace(config.quant.tune, graphs=False)
-    plain = replace(config, quant=replace(config.quant, learn=learn, tune=tune))
+    calibration = replace(config.calibration, generated_graphs=False)
+    plain = replace(config, quant=replace(config.quant, learn=learn, tune=tune), calibration=calibration)
     slower = replace(config, quant=replace(config.quant, tune=replace(tune, scale_rate=1e-5)))
     marks = [quantize_mark(c, "source", torch.device("cuda"), torch.float32) for c in (config, plain, slower)]
     assert marks[0] == marks[1] != marks[2]

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.generate import continue_sequences
 from compress.reference import model_path
+from compress.sampling import continue_sequences
 
 log = logging.getLogger(__name__)
 
