@@ -9,6 +9,8 @@ lesson in every entry of the vocabulary rather than in one, and so needs little 
 codes of a finished post-training quantization, every weight at most half a step from where its code turns, so that some
 hundred steps suffice; scales are trained with the codes and are what will be stored; only weights are quantized. Where
 a weight lies in units of its step is what Adam moves, so that one rate suits all layers.
+
+On a GPU the work beside matrix products is done by `compress.kernels.training`.
 """
 
 from __future__ import annotations
@@ -22,31 +24,37 @@ from torch.nn import functional as F
 from compress.methods.signround import LearnedWeight, nearest_steps
 from compress.quant import QuantizedWeight
 
-# Rows of float32 tables [rows, V] at work at a time on a CPU: chunks that stay in the cache halve the time.
-_CPU_CHUNK_ELEMENTS = 2**20
-_GPU_CHUNK_ELEMENTS = 2**26
+# Rows of float32 tables [rows, V] at work at a time: chunks that stay in the cache halve the time.
+_CHUNK_ELEMENTS = 2**20
+
+
+def _kl_and_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of each row, float32 [n], of logits [n, V], and the gradient of their mean: a chunk of rows at a time."""
+    if logits.is_cuda:
+        from compress.kernels import training
+
+        return training.kl_and_gradient(logits, teacher)
+    n, v = logits.shape
+    gradient = torch.empty_like(logits)
+    kl = torch.empty(n, dtype=torch.float32, device=logits.device)
+    rows = max(1, _CHUNK_ELEMENTS // v)
+    for i in range(0, n, rows):
+        a, b = teacher[i : i + rows].float(), logits[i : i + rows].float()
+        p, q = torch.softmax(a, -1), torch.softmax(b, -1)
+        kl[i : i + rows] = torch.linalg.vecdot(p, a - b) + torch.logsumexp(b, -1) - torch.logsumexp(a, -1)
+        gradient[i : i + rows] = q.sub_(p).div_(n)
+    return kl, gradient
 
 
 class _KlToTeacher(torch.autograd.Function):
-    """Gradient and value in one pass over the logits, a chunk of rows at a time."""
+    """Gradient and value in one pass over the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
         v = logits.shape[-1]
-        q_logits, p_logits = logits.reshape(-1, v), teacher.reshape(-1, v)
-        n = q_logits.shape[0]
-        gradient = torch.empty_like(q_logits)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        elements = _GPU_CHUNK_ELEMENTS if logits.is_cuda else _CPU_CHUNK_ELEMENTS
-        rows = max(1, elements // v)
-        for i in range(0, n, rows):
-            a, b = p_logits[i : i + rows].float(), q_logits[i : i + rows].float()
-            p, q = torch.softmax(a, -1), torch.softmax(b, -1)
-            kl = torch.linalg.vecdot(p, a - b) + torch.logsumexp(b, -1) - torch.logsumexp(a, -1)
-            total += kl.sum(dtype=torch.float64)
-            gradient[i : i + rows] = q.sub_(p).div_(n)
+        kl, gradient = _kl_and_gradient(logits.reshape(-1, v), teacher.reshape(-1, v))
         ctx.save_for_backward(gradient.view_as(logits))
-        return (total / n).float()
+        return kl.mean(dtype=torch.float64).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -60,9 +68,35 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
     return value
 
 
+def _dense(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] of codes round(u), clamped to low .. high, and scales. See `LearnedWeight` for shapes."""
+    if u.is_cuda:
+        from compress.kernels import training
+
+        return training.dense_weight(u, scale, low, high, dtype)
+    steps, _ = nearest_steps(u, low, high, shape)
+    return steps.mul_(scale.unsqueeze(-1)).view(u.shape).to(dtype)
+
+
+def _gradients(
+    dense: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...], with_u: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Those of scale, and of u where asked for, from that of `_dense`'s weight."""
+    if u.is_cuda:
+        from compress.kernels import training
+
+        return training.weight_gradients(dense, u, scale, low, high, with_u)
+    steps, rounded = nearest_steps(u, low, high, shape)
+    dense = dense.view(steps.shape).float()
+    grad_scale = (dense * steps).sum(-1)
+    if not with_u:
+        return grad_scale, None
+    # beyond the last code a move changes nothing
+    return grad_scale, dense.mul_(scale.unsqueeze(-1)).mul_(steps == rounded).view(u.shape)
+
+
 class _RoundedProduct(torch.autograd.Function):
-    """x [..., K] times the weight of codes round(u), clamped to low .. high, and scales; the dense weight is made anew
-    in the backward pass, not kept. See `LearnedWeight` for shapes."""
+    """x [..., K] times the weight of `_dense`, which is made anew in the backward pass, not kept."""
 
     @staticmethod
     def forward(
@@ -70,21 +104,15 @@ class _RoundedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, u, scale, low, high)
         ctx.shape = shape
-        steps, _ = nearest_steps(u, low, high, shape)
-        return F.linear(x, steps.mul_(scale.unsqueeze(-1)).view(u.shape).to(x.dtype))
+        return F.linear(x, _dense(u, scale, low, high, shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         x, u, scale, low, high = ctx.saved_tensors
         grad = grads[0]
-        steps, rounded = nearest_steps(u, low, high, ctx.shape)
-        dx = grad @ (steps * scale.unsqueeze(-1)).view(u.shape).to(grad.dtype)
+        dx = grad @ _dense(u, scale, low, high, ctx.shape, grad.dtype)
         dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        dense = dense.view(steps.shape).float()
-        grad_scale = (dense * steps).sum(-1)
-        grad_u = None
-        if ctx.needs_input_grad[1]:  # beyond the last code a move changes nothing
-            grad_u = dense.mul_(scale.unsqueeze(-1)).mul_(steps == rounded).view(u.shape)
+        grad_scale, grad_u = _gradients(dense, u, scale, low, high, ctx.shape, ctx.needs_input_grad[1])
         return dx, grad_u, grad_scale, None, None, None
 
 

@@ -1,0 +1,112 @@
+"""The kernels of end-to-end tuning against their twins on the CPU: interpreted there, compiled where a GPU is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from poisoning import poison_empty
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
+
+from compress.kernels import training  # noqa: E402
+from compress.methods import distill  # noqa: E402
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# weight [N, K] and groups [N', G]: groups of a row, of 8 and of 192 elements, a whole row, a whole tensor
+SHAPES = [((24, 64), (24, 4)), ((3, 40), (3, 5)), ((5, 576), (5, 3)), ((7, 1300), (7, 1)), ((6, 50), (1, 1))]
+
+
+def weight(shape: tuple[int, int], groups: tuple[int, int], whole: bool = False) -> tuple[Tensor, ...]:
+    """u, scale, low and high, on the CPU: u beyond both ends now and then, and at ties; whole: steps of codes, int8."""
+    generator = torch.Generator().manual_seed(shape[1])
+    low = -torch.randint(3, 9, groups, generator=generator).float()
+    scale = torch.rand(groups, generator=generator) + 0.1
+    u = torch.randn(shape, generator=generator) * 6
+    u[:, ::5] = u[:, ::5].round() + 0.5
+    return (u.round().to(torch.int8) if whole else u), scale, low, low + 15
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+def view(shape: tuple[int, int], groups: tuple[int, int]) -> tuple[int, int, int]:
+    return (*groups, shape[0] * shape[1] // (groups[0] * groups[1]))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_dense_weights(
+    shape: tuple[int, int], groups: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `distill._dense` in PyTorch on the CPU, to the bit; of learned and of fixed codes. The interpreter cuts
+    bfloat16 off instead of rounding."""
+    for whole in (False, True):
+        u, scale, low, high = weight(shape, groups, whole)
+        expected = distill._dense(u, scale, low, high, view(shape, groups), DTYPES[dtype])
+        with monkeypatch.context() as patch:
+            poison_empty(patch)
+            found = training.dense_weight(*on_device(u, scale, low, high), DTYPES[dtype])
+        last_bit = 2**-7 if dtype == "bf16" and not HAS_GPU else 0.0
+        torch.testing.assert_close(found.cpu(), expected, rtol=last_bit, atol=0)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_weight_gradients(
+    shape: tuple[int, int], groups: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `distill._gradients` in PyTorch on the CPU: that of u to the bit, sums up to their order. The same bits
+    again, and without u's the same for scales."""
+    u, scale, low, high = weight(shape, groups)
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    expected = distill._gradients(dense.clone(), u, scale, low, high, view(shape, groups), True)
+    operands = on_device(dense, u, scale, low, high)
+    with monkeypatch.context() as patch:
+        poison_empty(patch)
+        found, again = (training.weight_gradients(*operands, with_u=True) for _ in range(2))
+        alone, none = training.weight_gradients(*operands, with_u=False)
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-5, atol=1e-4)
+    assert found[1] is not None and again[1] is not None and expected[1] is not None and none is None
+    assert torch.equal(found[1].cpu(), expected[1]) and torch.equal(found[1], again[1])
+    assert torch.equal(found[0], again[0]) and torch.equal(found[0], alone)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", [(5, 50), (3, 4096), (4, 9001)])
+def test_kl_of_rows(shape: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: softmax and logarithms in float64. Vocabularies of less than a block, of one and of several; logits that
+    overflow exp, in the first block or the last; a row that agrees, which has no KL and no gradient."""
+    generator = torch.Generator().manual_seed(2)
+    teacher = 3 * torch.randn(shape, generator=generator)
+    logits = teacher + torch.randn(shape, generator=generator)
+    teacher[0, 1], logits[1, -1], teacher[1, -1] = 200.0, 300.0, 290.0
+    logits[2] = teacher[2]
+    logits, teacher = logits.to(DTYPES[dtype]), teacher.to(DTYPES[dtype])
+    wide, wide_teacher = logits.double(), teacher.double()
+    p, q = wide_teacher.softmax(-1), wide.softmax(-1)
+    expected = (p * (wide_teacher.log_softmax(-1) - wide.log_softmax(-1))).sum(-1)
+    with monkeypatch.context() as patch:
+        poison_empty(patch)
+        kl, gradient = training.kl_and_gradient(*on_device(logits, teacher))
+    torch.testing.assert_close(kl.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+    tolerance = 1e-6 if dtype == "fp32" else 2e-3
+    assert gradient.dtype == DTYPES[dtype]
+    torch.testing.assert_close(gradient.cpu().double(), (q - p) / shape[0], rtol=0, atol=tolerance)
+    assert float(gradient[2].abs().max()) == 0 and abs(float(kl[2])) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_bad_logits_are_not_hidden() -> None:
+    """Oracle: IEEE 754: a NaN or infinite logit makes its row's KL NaN or infinite, as the check of losses expects."""
+    for bad in (float("nan"), float("inf")):
+        logits = torch.zeros(2, 40)
+        logits[1, 7] = bad
+        kl, _ = training.kl_and_gradient(*on_device(logits, torch.zeros(2, 40)))
+        assert kl.isfinite().tolist() == [True, False]
