@@ -8,7 +8,9 @@ second kernel adds them in order of s: the same bits every run, no atomics.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -49,6 +51,23 @@ def shared_bytes(device: torch.device) -> int:
         return 232448
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_operand_device(function: Function) -> Function:
+    """The same with the GPU of its first argument, a tensor, as the current one: Triton launches there, wherever the
+    operands are, and a model spread over GPUs has them on several."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return function(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def check_device(kernel: str, device: torch.device) -> None:

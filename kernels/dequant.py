@@ -73,6 +73,7 @@ torch.library.define(
 
 
 @torch.library.impl("compress::w4_dequantize", ["CUDA", "CPU"])
+@common.on_operand_device
 def _dequantize_impl(
     words: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:

@@ -96,6 +96,7 @@ def _kl_kernel(logits_ptr, teacher_ptr, gradient_ptr, kl_ptr, V, share, BLOCK: t
         tl.store(at_g + v, (difference * share).to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
+@common.on_operand_device
 def dense_weight(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """u [N, K] of any dtype; scale, low, high float32 [N', G], one for each N K / (N' G) elements -> `dtype` [N, K].
 
@@ -112,6 +113,7 @@ def dense_weight(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, dtype: tor
     return out
 
 
+@common.on_operand_device
 def weight_gradients(
     dense: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, with_u: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +132,7 @@ def weight_gradients(
     return grad_scale, grad_u
 
 
+@common.on_operand_device
 def kl_and_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher || model) in nats of each row, float32 [n], for logits [n, V] of any float dtypes; and the gradient of
     their mean, [n, V] in that of `logits`."""

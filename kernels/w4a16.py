@@ -287,6 +287,7 @@ torch.library.define(
 
 
 @torch.library.impl("compress::w4a16", ["CUDA", "CPU"])
+@common.on_operand_device
 def _w4a16_impl(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int, pdl: bool = True
 ) -> Tensor:

@@ -304,6 +304,7 @@ torch.library.define(
 
 
 @torch.library.impl("compress::w8a8", ["CUDA", "CPU"])
+@common.on_operand_device
 def _w8a8_impl(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:

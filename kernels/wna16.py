@@ -251,6 +251,7 @@ torch.library.define(
 
 
 @torch.library.impl("compress::wna16", ["CUDA", "CPU"])
+@common.on_operand_device
 def _matmul_impl(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
@@ -265,6 +266,7 @@ def _matmul_fake(
 
 
 @torch.library.impl("compress::wna16_dense", ["CUDA", "CPU"])
+@common.on_operand_device
 def _dense_impl(
     words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:

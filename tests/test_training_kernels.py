@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
-from compress.kernels import training  # noqa: E402
+from compress.kernels import common, training  # noqa: E402
 from compress.methods import distill  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -110,3 +113,15 @@ def test_bad_logits_are_not_hidden() -> None:
         logits[1, 7] = bad
         kl, _ = training.kl_and_gradient(*on_device(logits, torch.zeros(2, 40)))
         assert kl.isfinite().tolist() == [True, False]
+
+
+def test_kernels_run_where_their_operands_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: the device is changed for operands on another GPU than the current one, and for no others."""
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    sum_of = common.on_operand_device(lambda first, more, *, last: f"{first.device} {more} {last}")
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        operand: Any = SimpleNamespace(device=torch.device(device))
+        assert sum_of(operand, 2, last=3) == f"{device} 2 3"
+    assert entered == [torch.device("cuda:1")]
