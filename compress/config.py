@@ -212,7 +212,8 @@ class TuneConfig:
     # largest relative change of a scale in one step, and of a norm's gain
     scale_rate: float = 2e-3
     norm_rate: float = 1e-3
-    # largest move of an entry of the embedding and of the head in one step, where these are not quantized; 0: they stay
+    # largest move of an entry of the embedding and of the head in one step, of the root mean square of all; 0, or where
+    # these are quantized: they stay
     embedding_rate: float = 0.0
     # largest move of a weight in one step, in quantization steps; 0: codes stay
     code_rate: float = 0.0

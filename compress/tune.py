@@ -220,7 +220,7 @@ class _Tuner:
             [
                 ([w.gain for w in learned], self.config.scale_rate),
                 ([self.dense[n] for n in norms], self.config.norm_rate),
-                ([self.dense[n] for n in tables], self.config.embedding_rate),
+                *(([self.dense[n]], self.config.embedding_rate * _rms(self.fixed[n])) for n in tables),
                 (codes, self.config.code_rate),
             ]
         )
@@ -350,6 +350,11 @@ class _Tuner:
         _place(self.model, self._live() | self.quantized_head)
         logits: Tensor = self.model(self.inputs.verify_ids.to(self.inputs.device), use_cache=False).logits
         return logits.float().cpu()
+
+
+def _rms(table: Tensor) -> float:
+    """Root of the mean square of an embedding's or head's entries, which differ between models by a factor of ten."""
+    return float(table.float().square().mean().sqrt())
 
 
 def _epochs(batches: list[int]) -> Iterator[int]:

@@ -90,14 +90,16 @@ def test_awq4_is_the_default_and_command_line_wins_over_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sampled", "steps"),
-    [("best4", 8192, 7300), ("best3", 4096, 2100), ("best2", 4096, 2100), ("mixed3_5", 4096, 2100)],
+    ("recipe", "sampled", "steps", "embedding"),
+    [("best4", 8192, 7300, 1e-3), ("best3", 4096, 2100, 0), ("best2", 4096, 2100, 0), ("mixed3_5", 4096, 2100, 0)],
 )
-def test_codes_are_trained_on_a_gpu(recipe: str, sampled: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the README and what the recipes say of themselves: on a CPU the settings of `TuneConfig` itself;
-    device=auto goes by what torch sees; the command line wins over both."""
+def test_codes_are_trained_on_a_gpu(
+    recipe: str, sampled: int, steps: int, embedding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the README and what the recipes say of themselves: on a CPU the settings of `TuneConfig` itself, but for
+    an embedding; device=auto goes by what torch sees; the command line wins over both."""
     on_cpu, on_gpu = (composed(f"recipe={recipe}", f"device={device}") for device in ("cpu", "cuda:1"))
-    assert on_cpu.quant.tune == TuneConfig(enabled=True) and on_cpu.calibration.tune_generated == 0
+    assert on_cpu.quant.tune == TuneConfig(enabled=True, embedding_rate=embedding) and on_cpu.calibration.tune_generated == 0
     assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == sampled
     n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + sampled
     assert on_gpu.quant.tune.epochs * n / on_gpu.quant.tune.batch_sequences == pytest.approx(steps, rel=0.05)

@@ -368,7 +368,7 @@ def test_embedding_and_head_are_trained_where_asked(
     verify_in_process(monkeypatch)
     source = tied_model_dir if tied else tiny_model_dir
     plain = tiny_config(source, tmp_path)
-    tune = replace(CODES, epochs=6, batch_sequences=4, held_out=0.3, embedding_rate=1e-3)
+    tune = replace(CODES, epochs=6, batch_sequences=4, held_out=0.3, embedding_rate=5e-2)
     config = replace(plain, quant=replace(plain.quant, scheme=SchemeConfig(bits=2, group_size=16), tune=tune))
     record = run_pipeline(replace(config, run_dir=str(tmp_path / "run")))
     before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -378,8 +378,9 @@ def test_embedding_and_head_are_trained_where_asked(
     assert record["tuned"]["n_embedding"] == sum(before[name].numel() for name in tables)
     assert record["tuned"]["kl_after"] < record["tuned"]["kl_before"]
     for name in tables:
-        moved = (after[name].float() - before[name].float()).abs()
-        most = 1e-3 * record["tuned"]["steps"] + 2**-8 * before[name].float().abs().max()
+        start = before[name].float()
+        moved = (after[name].float() - start).abs()
+        most = 5e-2 * start.square().mean().sqrt() * record["tuned"]["steps"] + 2**-8 * start.abs().max()
         assert after[name].dtype is before[name].dtype and 0 < float(moved.max()) < most
 
 
