@@ -99,7 +99,8 @@ def test_codes_are_trained_on_a_gpu(
     """Oracle: the README and what the recipes say of themselves: on a CPU the settings of `TuneConfig` itself, but for
     an embedding; device=auto goes by what torch sees; the command line wins over both."""
     on_cpu, on_gpu = (composed(f"recipe={recipe}", f"device={device}") for device in ("cpu", "cuda:1"))
-    assert on_cpu.quant.tune == TuneConfig(enabled=True, embedding_rate=embedding) and on_cpu.calibration.tune_generated == 0
+    assert on_cpu.quant.tune == TuneConfig(enabled=True, embedding_rate=embedding)
+    assert on_cpu.calibration.tune_generated == 0
     assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == sampled
     n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + sampled
     assert on_gpu.quant.tune.epochs * n / on_gpu.quant.tune.batch_sequences == pytest.approx(steps, rel=0.05)
