@@ -90,16 +90,21 @@ def test_awq4_is_the_default_and_command_line_wins_over_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sampled", "steps", "embedding"),
-    [("best4", 8192, 7300, 1e-3), ("best3", 4096, 2100, 0), ("best2", 4096, 2100, 0), ("mixed3_5", 4096, 2100, 0)],
+    ("recipe", "sampled", "steps", "own"),
+    [
+        ("best4", 8192, 7300, {"embedding_rate": 5e-4, "scale_rate": 1e-3}),
+        ("best3", 4096, 2100, {}),
+        ("best2", 4096, 2100, {}),
+        ("mixed3_5", 4096, 2100, {}),
+    ],
 )
 def test_codes_are_trained_on_a_gpu(
-    recipe: str, sampled: int, steps: int, embedding: float, monkeypatch: pytest.MonkeyPatch
+    recipe: str, sampled: int, steps: int, own: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the README and what the recipes say of themselves: on a CPU the settings of `TuneConfig` itself, but for
-    an embedding; device=auto goes by what torch sees; the command line wins over both."""
+    some rates; device=auto goes by what torch sees; the command line wins over both."""
     on_cpu, on_gpu = (composed(f"recipe={recipe}", f"device={device}") for device in ("cpu", "cuda:1"))
-    assert on_cpu.quant.tune == TuneConfig(enabled=True, embedding_rate=embedding)
+    assert on_cpu.quant.tune == TuneConfig(enabled=True, **own)
     assert on_cpu.calibration.tune_generated == 0
     assert on_gpu.quant.tune.trains_codes and on_gpu.calibration.tune_generated == sampled
     n = on_gpu.calibration.n_sequences + on_gpu.calibration.generated + sampled
@@ -107,8 +112,8 @@ def test_codes_are_trained_on_a_gpu(
     for seen, expected in ((True, on_gpu), (False, on_cpu)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
         assert composed(f"recipe={recipe}").quant.tune == expected.quant.tune
-    own = composed(f"recipe={recipe}", "device=cuda", "quant.tune.code_rate=0.5", "calibration.tune_generated=7")
-    assert own.quant.tune.code_rate == 0.5 and own.calibration.tune_generated == 7
+    set_here = composed(f"recipe={recipe}", "device=cuda", "quant.tune.code_rate=0.5", "calibration.tune_generated=7")
+    assert set_here.quant.tune.code_rate == 0.5 and set_here.calibration.tune_generated == 7
 
 
 def test_overrides_take_patterns_that_no_schema_could_declare() -> None:
