@@ -129,19 +129,20 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def max_registers(warps: int, block_m: int, block_n: int) -> int:
-    """Registers a thread at launch, for consumers and a warpgroup of which the producer is a part.
+def producers_by_registers(config: TiledConfig) -> int:
+    """Programs of a multiprocessor that registers are given out for: so many small ones that the next kernel's begin to
+    copy words while these still compute. One with 8 consumer warps or many tokens, whose accumulators and operands
+    need more."""
+    if config.warps > 4 or config.block_m > 64:
+        return 1
+    if config.block_n == 64:
+        return 4
+    return 3 if config.block_m == 16 else 2
 
-    So few as let small programs be four or three a multiprocessor: the next kernel's then begin to copy words while
-    these still compute. Two, or one with 8 consumer warps or many tokens, where accumulators and operands need more.
-    """
-    if warps > 4 or block_m > 64:
-        programs = 1
-    elif block_n == 64:
-        programs = 4
-    else:
-        programs = 3 if block_m == 16 else 2
-    return min(232, 65536 // (32 * (warps + 4) * programs) // 8 * 8)
+
+def max_registers(config: TiledConfig) -> int:
+    """Registers a thread at launch, for consumers and a warpgroup of which the producer is a part."""
+    return min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
 
 
 def launch_producer(
@@ -158,5 +159,5 @@ def launch_producer(
         EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
         SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
         CTAS=ctas, num_warps=config.warps, num_ctas=ctas,
-        maxnreg=max_registers(config.warps, config.block_m, config.block_n), launch_pdl=pdl,
+        maxnreg=max_registers(config), launch_pdl=pdl,
     )  # fmt: skip

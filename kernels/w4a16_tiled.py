@@ -62,7 +62,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_producer import launch_producer
+from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -136,23 +136,22 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
 
 
 def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> TiledConfig:
-    """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle.
+    """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle, in
+    clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by side.
     Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
     tiles = -(-k // 128)
     if m <= 128:
         block_m = max(16, 1 << (m - 1).bit_length())
-        block_n, warps = (64 if n <= 8192 and m > 32 else 128), 4
-    elif m <= 256 and n <= 8192:
-        block_m, block_n, warps = 128, 64, 4
+        block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
     else:
-        block_m, block_n, warps = 256, 128, 8
-    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3)
+        block_m, block_n, warps = (128 if m <= 256 and n <= 8192 else 256), 128, 8
+    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3, cluster=False, producer=True)
     at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
-    split = min(8, at_once // rest, tiles // 4) if rest else 1
+    split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
-    cluster = split > 1 and (m > 128 or tiles // split <= 8)
-    return replace(config, split_k=split, cluster=cluster, producer=not cluster)
+    places = n_sms * min(shared_bytes // (config.stages * config.stage_bytes), producers_by_registers(config))
+    return replace(config, split_k=split, cluster=split == 2 or (split > 2 and rest * split <= 0.8 * places))
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:

@@ -60,6 +60,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
     for n, k in itertools.product(NS, (*KS, 1000)):
         config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
         assert m <= 8 or replace(config, split_k=1, cluster=True, producer=False) in set(tunables._tiled_grid(m))
+        assert config.ctas == (config.split_k if config.cluster else 1)  # sums fit the stages
         assert config.block_m >= min(m, 128)
         at_once = w4a16_tiled.slots(config, 132, H100_SHARED)
         left = -(-n // config.block_n) * -(-m // config.block_m) % at_once
@@ -71,13 +72,19 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
 
 
 def test_tiled_rule_at_known_shapes() -> None:
-    """Oracle: waves counted by hand for 264 or 132 programs at once. 4096 x 4096 at M = 32 has 32 tiles: split 8 ways.
-    At M = 256 it has 128 tiles: 2 ways. N = 132 * 128 at M = 257 has 264 tiles: two whole waves of 132."""
-    assert w4a16_tiled.choose_config(32, 4096, 4096, 132, H100_SHARED) == TiledConfig(32, 128, 8, 4, 4)
-    assert w4a16_tiled.choose_config(256, 4096, 4096, 132, H100_SHARED) == TiledConfig(128, 64, 2, 4, 3)
-    assert w4a16_tiled.choose_config(257, 16896, 4096, 132, H100_SHARED) == TiledConfig(
-        256, 128, 1, 8, 3, cluster=False, producer=True
-    )
+    """Oracle: waves and places counted by hand for 132 multiprocessors of 227 KiB. 4096 x 4096 at M = 32: 64 tiles make
+    256 programs when split in four; registers and shared memory (48 KiB) have room for 528, so they may be clusters. At
+    M = 64 60 KiB leave room for 396. At M = 256 64 tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two
+    whole waves of 132. 28672 x 4096 at M = 64: 224 tiles leave 40 of 264 places idle, which no split fills."""
+
+    def rule(m: int, n: int) -> TiledConfig:
+        return w4a16_tiled.choose_config(m, n, 4096, 132, H100_SHARED)
+
+    assert rule(32, 4096) == TiledConfig(32, 64, 4, 4, 4, cluster=True, producer=True)
+    assert rule(64, 4096) == TiledConfig(64, 64, 4, 4, 3, cluster=True, producer=True)
+    assert rule(256, 4096) == TiledConfig(128, 128, 2, 8, 3, cluster=True, producer=True)
+    assert rule(257, 16896) == TiledConfig(256, 128, 1, 8, 3, cluster=False, producer=True)
+    assert rule(64, 28672) == TiledConfig(64, 128, 1, 4, 3, cluster=False, producer=True)
 
 
 @pytest.mark.parametrize(
