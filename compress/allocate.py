@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import scheme_from_dict, scheme_to_dict
-from compress.config import BudgetConfig, SensitivityName
+from compress.config_quant import BudgetConfig, SensitivityName
 from compress.errors import CompressError, ConfigError, EnvironmentProblem
 from compress.forecast import available_memory_bytes
 from compress.methods.knapsack import Infeasible, choose

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import BlockState
-from compress.config import AwqConfig
+from compress.config_quant import AwqConfig
 from compress.groups import Fold, ScaleGroup
 from compress.methods.awq import AwqScales, clip_ranges, scaled_fake_quantize, search_scales
 from compress.methods.stats import InputStats, output_error

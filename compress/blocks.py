@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compress.awq_pass import AwqJob, AwqNote, apply_awq
 from compress.checkpoint import BlockState, load_block, load_head, save_block, save_head
-from compress.config import QuantConfig, Rounding, Transform
+from compress.config_quant import QuantConfig, Rounding, Transform
 from compress.errors import NumericalError
 from compress.forecast import TUNING_BATCHES
 from compress.groups import ScaleGroup, find_scale_groups, shared_input_groups

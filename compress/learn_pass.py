@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from compress import replay
-from compress.config import LearnConfig
+from compress.config_quant import LearnConfig
 from compress.errors import NumericalError
 from compress.methods.signround import LearnedWeight, cell_offsets, signed_step
 from compress.models import Block, is_transposed

@@ -23,7 +23,8 @@ from compress.allocate import allocate, apply_allocation, check_budget, describe
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, LayerReport, compress_blocks
 from compress.calibration import CalibrationSet
-from compress.config import CalibrationConfig, RunConfig, Transform, to_plain
+from compress.config import CalibrationConfig, RunConfig, to_plain
+from compress.config_quant import Transform
 from compress.errors import ArtifactError, ConfigError
 from compress.forecast import Forecast, Load, check_forecast, check_lengths, context_length, forecast
 from compress.generate import GenerateJob, generate, generation_bytes, mixed, read_generated

@@ -11,7 +11,7 @@ import fnmatch
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from compress.config import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
+from compress.config_quant import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
 from compress.errors import CompressError, ConfigError
 from compress.groups import ScaleGroup
 from compress.models import LoadedModel, head_name, linear_weight

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.config import HadamardConfig
+from compress.config_quant import HadamardConfig
 from compress.errors import UnsupportedModel
 from compress.groups import Fold, RunBlock, find_scale_groups
 from compress.methods.hadamard import Turn, random_turn

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from compress.config import CalibrationConfig, ComputeDtype, Rounding, RunConfig, to_plain
+from compress.config import CalibrationConfig, ComputeDtype, RunConfig, to_plain
+from compress.config_quant import Rounding
 from compress.errors import ModelFileError
 from compress.loading import load
 from compress.models import LoadedModel, load_dense, load_model

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.config import QuantConfig, Rounding
+from compress.config_quant import QuantConfig, Rounding
 from compress.errors import NumericalError
 from compress.groups import shared_input_groups
 from compress.methods.gptq import gptq_quantize_shared

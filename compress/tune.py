@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from compress import replay
 from compress.blocks import EngineInputs
 from compress.checkpoint import BlockState, load_block, load_head, load_tuned, save_block, save_head, save_tuned
-from compress.config import TuneConfig
+from compress.config_quant import TuneConfig
 from compress.errors import ArtifactError, NumericalError
 from compress.forecast import free_bytes, tuning_logit_bytes, tuning_state_bytes
 from compress.learn_pass import repeatable, split_batches, training_precision

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, compress_blocks
-from compress.config import ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
+from compress.config_quant import ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
 from compress.environment import describe
 from compress.forecast import Load, forecast
 from compress.models import choose_device, load_model

@@ -17,7 +17,8 @@ from tiny_runs import hashes, scheme, stages, tiny_config, verify_in_process
 import compress
 from compress.allocate import Option, Unit, allocate, apply_allocation, check_budget, solve, stored_bytes
 from compress.checkpoint import encode
-from compress.config import BudgetConfig, ObserverName, QuantConfig, Rounding, RunConfig, SensitivityName, Transform
+from compress.config import RunConfig
+from compress.config_quant import BudgetConfig, ObserverName, QuantConfig, Rounding, SensitivityName, Transform
 from compress.errors import ConfigError
 from compress.methods.knapsack import Infeasible, choose
 from compress.methods.rtn import rtn_quantize

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 import compress
 from compress import artifact as artifacts
 from compress.artifact import check_manifest, read_manifest
-from compress.config import EvalConfig, QuantConfig, Rounding, RunConfig, Transform
+from compress.config import EvalConfig, RunConfig
+from compress.config_quant import QuantConfig, Rounding, Transform
 from compress.errors import ArtifactError, VerifyError
 from compress.pipeline import run_pipeline
 from compress.qlinear import Backend

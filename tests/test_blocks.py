@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.blocks import EngineInputs, EngineResult, compress_blocks
 from compress.checkpoint import BlockState, checkpoint_path, decode, encode, load_block, save_block, scheme_from_dict
 from compress.checkpoint import scheme_to_dict as to_dict
-from compress.config import AwqConfig, GptqConfig, ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
+from compress.config_quant import AwqConfig, GptqConfig, ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
 from compress.errors import ArtifactError, ConfigError, NumericalError, UnsupportedModel
 from compress.methods.gptq import gptq_quantize_shared
 from compress.methods.rtn import rtn_quantize

@@ -13,24 +13,26 @@ from omegaconf import OmegaConf
 
 import compress.cli as cli
 from compress.config import (
-    AwqConfig,
     BenchConfig,
     CalibrationConfig,
     EvalConfig,
     GateConfig,
+    PublishConfig,
+    RunConfig,
+    VerifyConfig,
+    to_plain,
+)
+from compress.config_quant import (
+    AwqConfig,
     GptqConfig,
     GranularityName,
     HqqConfig,
     ObserverName,
-    PublishConfig,
     QuantConfig,
     Rounding,
-    RunConfig,
     SchemeConfig,
     Transform,
     TuneConfig,
-    VerifyConfig,
-    to_plain,
 )
 from compress.errors import ConfigError
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.awq_pass import AwqJob, apply_awq
 from compress.blocks import EngineInputs, apply_state, compress_blocks
 from compress.checkpoint import BlockState, load_block
-from compress.config import AwqConfig, GptqConfig, QuantConfig, Rounding, SchemeConfig, Transform
+from compress.config_quant import AwqConfig, GptqConfig, QuantConfig, Rounding, SchemeConfig, Transform
 from compress.errors import UnsupportedModel
 from compress.groups import Fold, ScaleGroup, common_scope, find_scale_groups, scale_producer, shared_input_groups
 from compress.methods.stats import InputStats

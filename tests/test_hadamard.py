@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import compress
 from compress.artifact import read_manifest
-from compress.config import EvalConfig, GptqConfig, HadamardConfig, QuantConfig, Rounding, Transform
+from compress.config import EvalConfig
+from compress.config_quant import GptqConfig, HadamardConfig, QuantConfig, Rounding, Transform
 from compress.errors import ConfigError, UnsupportedModel
 from compress.methods.hadamard import apply_hadamard, hadamard_matrix, hadamard_order, random_turn
 from compress.models import LoadedModel, load_dense, load_model

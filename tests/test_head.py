@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import head as heads
 from compress.checkpoint import decode
-from compress.config import LearnConfig, QuantConfig, Rounding, SchemeConfig, Transform, TuneConfig
+from compress.config_quant import LearnConfig, QuantConfig, Rounding, SchemeConfig, Transform, TuneConfig
 from compress.errors import ConfigError
 from compress.models import load_model, untie
 from compress.pipeline import run_pipeline

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compress.blocks import EngineInputs, EngineResult, compress_blocks
 from compress.checkpoint import load_block, load_tuned
-from compress.config import (
+from compress.config_quant import (
     GranularityName,
     LearnConfig,
     QuantConfig,

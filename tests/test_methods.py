@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.config import AwqConfig, GptqConfig, HqqConfig
+from compress.config_quant import AwqConfig, GptqConfig, HqqConfig
 from compress.errors import NumericalError
 from compress.methods.awq import clip_ranges, scaled_fake_quantize, search_scales
 from compress.methods.gptq import gptq_quantize, gptq_quantize_shared

@@ -14,7 +14,8 @@ from tiny_runs import hashes, scheme, stages, tiny_config, verify_in_process
 
 from compress import state
 from compress.atomic import disk_errors, write_atomically
-from compress.config import BenchConfig, QuantConfig, Rounding, RunConfig, Transform
+from compress.config import BenchConfig, RunConfig
+from compress.config_quant import QuantConfig, Rounding, Transform
 from compress.errors import ConfigError, EnvironmentProblem, GateFailure, ModelFileError, RunLocked, VerifyError
 from compress.finish import finish_run
 from compress.pipeline import run_pipeline

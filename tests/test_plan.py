@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress.config import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
+from compress.config_quant import GranularityName, ObserverName, QuantConfig, Rounding, SchemeConfig
 from compress.errors import ConfigError
 from compress.groups import ScaleGroup
 from compress.models import LoadedModel, load_model

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from compress import replay as replay_file
 from compress import tune
 from compress.blocks import compress_blocks
-from compress.config import LearnConfig, SchemeConfig, TuneConfig
+from compress.config_quant import LearnConfig, SchemeConfig, TuneConfig
 from compress.errors import EnvironmentProblem
 from compress.models import load_dense, load_model
 from compress.replay import Replay

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from tiny_runs import ROOT, command_line, hashes, overrides, stages, tiny_config, verify_in_process
 
-from compress.config import AwqConfig, ObserverName, RunConfig
+from compress.config import RunConfig
+from compress.config_quant import AwqConfig, ObserverName
 from compress.pipeline import run_pipeline
 
 forked = multiprocessing.get_context("forkserver")

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from compress import tune
 from compress.blocks import EngineInputs, EngineResult, compress_blocks
 from compress.checkpoint import checkpoint_path, load_block
-from compress.config import HadamardConfig, LearnConfig, QuantConfig, RunConfig, SchemeConfig, Transform, TuneConfig
+from compress.config import RunConfig
+from compress.config_quant import HadamardConfig, LearnConfig, QuantConfig, SchemeConfig, Transform, TuneConfig
 from compress.errors import ConfigError, NumericalError
 from compress.forecast import Load, forecast
 from compress.methods import adam as adam_file

@@ -16,17 +16,8 @@ from typing import Any
 
 import pytest
 
-from compress.config import (
-    BenchConfig,
-    CalibrationConfig,
-    EvalConfig,
-    GranularityName,
-    QuantConfig,
-    Rounding,
-    RunConfig,
-    SchemeConfig,
-    Transform,
-)
+from compress.config import BenchConfig, CalibrationConfig, EvalConfig, RunConfig
+from compress.config_quant import GranularityName, QuantConfig, Rounding, SchemeConfig, Transform
 
 ROOT = Path(__file__).resolve().parent.parent
 _WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "quick", "slow", "red", "house", "tree", "and", "then"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.config import AwqConfig
+from compress.config_quant import AwqConfig
 from compress.errors import NumericalError
 from compress.quant import Granularity, Observer, QuantScheme, choose_qparams, fake_quantize, group_view
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.config import GptqConfig
+from compress.config_quant import GptqConfig
 from compress.errors import NumericalError
 from compress.methods.quantease import refine
 from compress.quant import QuantizedWeight, QuantScheme, choose_qparams

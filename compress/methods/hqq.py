@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compress.config import HqqConfig
+from compress.config_quant import HqqConfig
 from compress.quant import Observer, QuantizedWeight, QuantScheme, choose_qparams, group_view, quantize
 
 
