@@ -163,15 +163,16 @@ def continue_static(
     step = _StaticStep(model, begin, uniforms, temperature)
     n_begin, length = begin.shape[1], step.tokens.shape[1]
     on_step(1)
-    for end in range(_STAGE_TOKENS, length - 1 + _STAGE_TOKENS, _STAGE_TOKENS):
-        step.show(min(end, length))
-        with _own_attention(model), replay.Replay(step, [], begin.device, captured, SWITCH) as replayed:
-            for fed in range(max(end - _STAGE_TOKENS, n_begin), min(end, length - 1)):
-                replayed()
-                n_drawn = fed - n_begin + 2
-                on_step(n_drawn)
-                if n_drawn % _STEPS_BETWEEN_CHECKS == 0:  # also keeps the host from running far ahead
-                    _check_finite(step.finite)
+    with _own_attention(model):
+        for end in range(_STAGE_TOKENS, length - 1 + _STAGE_TOKENS, _STAGE_TOKENS):
+            step.show(min(end, length))
+            with replay.Replay(step, [], begin.device, captured, SWITCH) as replayed:
+                for fed in range(max(end - _STAGE_TOKENS, n_begin), min(end, length - 1)):
+                    replayed()
+                    n_drawn = fed - n_begin + 2
+                    on_step(n_drawn)
+                    if n_drawn % _STEPS_BETWEEN_CHECKS == 0:  # also keeps the host from running far ahead
+                        _check_finite(step.finite)
     _check_finite(step.finite)
     return step.tokens
 

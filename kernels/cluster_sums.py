@@ -20,21 +20,26 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from compress.kernels.gluon_parts import cluster_shares
+from compress.kernels.gluon_parts import cluster_shares, instruction
 
 _PAD = 4  # columns more in a row: the 8 rows of W and 4 pairs of tokens that a warp writes at a time are in 32 banks
-
-
-def mailbox_bytes(block_m: int, block_n: int, split: int) -> int:
-    """Shared memory that a program of the cluster writes to: its sums, the mail of the others, and an mbarrier."""
-    share = block_m // split * (block_n + _PAD) * 4
-    return (2 * split - 1) * share + 8
 
 
 @gluon.constexpr_function
 def _share_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
     """Sums of an owner's tokens [tokens, ROW]: a multiple of 16."""
     return block_m // split * (block_n + _PAD) * 4
+
+
+@gluon.constexpr_function
+def _mbarrier_offset(block_m, block_n, split):  # type: ignore[no-untyped-def]
+    """Behind a program's own sums and the mail of the others."""
+    return (2 * split - 1) * _share_bytes(block_m, block_n, split)
+
+
+def mailbox_bytes(block_m: int, block_n: int, split: int) -> int:
+    """Shared memory that a program of the cluster writes to: its sums, the mail of the others, and an mbarrier."""
+    return int(_mbarrier_offset(block_m, block_n, split)) + 8
 
 
 @gluon.constexpr_function
@@ -47,16 +52,12 @@ def _sum_layout(columns, warps, ctas):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _arrive():  # type: ignore[no-untyped-def]
     """At the barrier of the cluster. Relaxed: a releasing one waits until memory has all that was written."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.relaxed.aligned; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    instruction("barrier.cluster.arrive.relaxed.aligned")
 
 
 @gluon.jit
 def _wait():  # type: ignore[no-untyped-def]
-    gl.inline_asm_elementwise(
-        "barrier.cluster.wait.acquire.aligned; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    instruction("barrier.cluster.wait.acquire.aligned")
 
 
 @gluon.jit
@@ -130,7 +131,7 @@ def add_up(acc, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS: gl.constexpr, B
     SHARE: gl.constexpr = _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
     TOKENS: gl.constexpr = BLOCK_M // SPLIT
     ROW: gl.constexpr = SHARE // TOKENS
-    MBARRIER: gl.constexpr = (2 * SPLIT - 1) * SHARE
+    MBARRIER: gl.constexpr = _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT)
     ACC: gl.constexpr = acc.type.layout
     gl.thread_barrier()  # other warps may have been reading what the stages held
     _open_mailbox(MBARRIER, (SPLIT - 1) * SHARE)

@@ -13,17 +13,22 @@ SCALED_UNIT: gl.constexpr = gl.constexpr(2.0**9)  # what sums over `scaled_slice
 
 
 @gluon.jit
+def instruction(ptx: gl.constexpr):  # type: ignore[no-untyped-def]
+    """PTX without operands or result, run by every thread."""
+    asm: gl.constexpr = ptx + "; // $0"
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def pdl_launch_next():  # type: ignore[no-untyped-def]
     """Let the next kernel of the stream start; it waits in `pdl_wait` before it touches what this one writes."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    instruction("griddepcontrol.launch_dependents")
 
 
 @gluon.jit
 def pdl_wait():  # type: ignore[no-untyped-def]
     """Wait until the kernel before this one is complete and its writes are visible."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    instruction("griddepcontrol.wait")
 
 
 @gluon.constexpr_function

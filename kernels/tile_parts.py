@@ -50,14 +50,20 @@ class TiledConfig:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one stage: words and x of a tile of K."""
-        return self.block_n * 64 + self.block_m * 256
+        """Shared memory of all stages."""
+        return self.stages * int(bytes_of_stage(self.block_m, self.block_n))
 
     @property
     def ctas(self) -> int:
         """Programs of a cluster."""
-        fits = mailbox_bytes(self.block_m, self.block_n, self.split_k) <= self.stages * self.stage_bytes
+        fits = mailbox_bytes(self.block_m, self.block_n, self.split_k) <= self.stage_bytes
         return self.split_k if self.cluster and fits else 1
+
+
+@gluon.constexpr_function
+def bytes_of_stage(block_m, block_n):  # type: ignore[no-untyped-def]
+    """Words and x of a tile of K."""
+    return block_n * 64 + block_m * 256
 
 
 @gluon.constexpr_function
@@ -205,6 +211,16 @@ def copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stag
 
 
 @gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The stage of the next tile, and the phase of its barrier."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase = phase ^ 1
+    return stage, phase
+
+
+@gluon.jit
 def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
                    first, last, n0, m0, N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr,
                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
@@ -254,10 +270,7 @@ def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, 
         for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
             later = later + (columns[i],)
         columns = later
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
+        stage, phase = next_stage(stage, phase, STAGES)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
 

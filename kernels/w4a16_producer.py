@@ -27,10 +27,12 @@ from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
     barrier_layout,
+    bytes_of_stage,
     copy_stage,
     first_columns,
     leave,
     multiply_tiles,
+    next_stage,
     share_of_tile,
     tile_origin,
     wait_for_previous,
@@ -57,10 +59,7 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
     for t in range(first + STAGES, last):
         mbarrier.wait(empty.index(stage), phase)
         copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, BYTES)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
+        stage, phase = next_stage(stage, phase, STAGES)
     _idle(CTAS)
 
 
@@ -99,7 +98,7 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     dtype: gl.constexpr = x_desc.dtype
-    BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
+    BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
@@ -148,10 +147,10 @@ def max_registers(config: TiledConfig) -> int:
 def launch_producer(
     x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
     weight: KernelWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int, n_tiles: int,
-    config: TiledConfig, ctas: int, pdl: bool, before_tail: bool, is_tail: bool,
+    config: TiledConfig, pdl: bool, before_tail: bool, is_tail: bool,
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
-    tiles, split = weight.words.shape[0], config.split_k
+    tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
     _producer_kernel[(n_tiles * split // ctas,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
         first_tile, -(-tiles // split),

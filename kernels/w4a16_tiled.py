@@ -53,6 +53,7 @@ from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
     barrier_layout,
+    bytes_of_stage,
     copy_stage,
     first_columns,
     leave,
@@ -75,7 +76,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
-    BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
+    BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
@@ -131,7 +132,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
-    used = config.stages * config.stage_bytes + 64
+    used = config.stage_bytes + 64
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
@@ -150,7 +151,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
-    places = n_sms * min(shared_bytes // (config.stages * config.stage_bytes), producers_by_registers(config))
+    places = n_sms * min(shared_bytes // config.stage_bytes, producers_by_registers(config))
     return replace(config, split_k=split, cluster=split == 2 or (split > 2 and rest * split <= 0.8 * places))
 
 
@@ -186,8 +187,8 @@ def _launch_tiles(
     words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
     if config.producer:
         launch_producer(
-            x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, ctas, pdl,
-            before_tail, is_tail,
+            x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, pdl, before_tail,
+            is_tail,
         )  # fmt: skip
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
