@@ -91,8 +91,11 @@ def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
         return
     block_m = 8 if m <= 8 else 16
     for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4, 6)):
-        if block_n * block_m * stages <= (2048 if m <= 8 else 1536):
-            yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages)
+        if block_n * block_m * stages > (2048 if m <= 8 else 1536):
+            continue
+        for words in (1, 2, 4):  # at most 4 programs' a multiprocessor, as all of them may be wanted at once
+            if words == 1 or stages * words * warps * block_n * 64 <= 2**16:
+                yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages, words)
 
 
 DECODE = replace(

@@ -9,10 +9,11 @@ split K, tile by tile, so that small weights fill the machine without a second k
           +----+----+----+----+----+----+----+----+
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
-Words arrive by bulk tensor copies, STAGES ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads, as far
-ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8 neighbouring inputs of
-x the right one, so nothing is shuffled. The weight's copies are started before the wait for the previous kernel
-(programmatic dependent launch): weights do not depend on it.
+Words arrive by bulk tensor copies, WORDS stages ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads into
+registers, STAGES ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8
+neighbouring inputs of x the right one, so nothing is shuffled. The weight's copies are started before the wait for the
+previous kernel (programmatic dependent launch): weights do not depend on it, and as many stages as there are arrive
+while that still computes.
 
 A whole decode step (`compress.decoder`) is a chain of such products with little between them, and a launch costs as
 much as what lies between. `decode_reference.Around` therefore lets a product do its neighbours' work:
@@ -48,12 +49,14 @@ RULE_MAX_TOKENS = 8
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tile sizes of one launch. warps is the split of K; stages of `warps` tiles are in flight."""
+    """Tile sizes of one launch. warps is the split of K; stages of `warps` tiles of x are in flight, and `words` times
+    as many of words: those are there before the kernel before this one is done, as far as there is room."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    words: int = 1
 
 
 @gluon.constexpr_function
@@ -130,7 +133,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     sums_ptr, n_squares, eps, M, N, K, tiles,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     SQUARES: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -144,13 +148,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     BYTES: gl.constexpr = WARPS * BLOCK_N * 64
 
     n0 = gl.program_id(0) * BLOCK_N
-    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, BLOCK_N // 2, 64], words_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    words_smem = gl.allocate_shared_memory(gl.int16, [WORDS, WARPS, BLOCK_N // 2, 64], words_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [WORDS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WORDS):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     steps = (tiles + WARPS - 1) // WARPS
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(WORDS):
         mbarrier.expect(ready.index(i), BYTES, pred=i < steps)
         tma.async_copy_global_to_shared(
             words_desc, [i * WARPS, n0 // 2, 0], ready.index(i), words_smem.index(i), pred=i < steps
@@ -204,6 +208,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         xs = xs + (_load_x(x_at, x_tile, i * WARPS, tiles),)
 
     acc = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
+    first_slot = 0
     phase = 0
     for step in range(0, steps, STAGES):
         next_xs = ()
@@ -211,6 +216,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         for i in gl.static_range(STAGES):
             t = (step + i) * WARPS
             ahead = t + STAGES * WARPS
+            slot = first_slot + i
             zeros = ()
             for s in gl.static_range(PARTS):
                 if HAS_ZERO:
@@ -219,9 +225,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 else:
                     zeros = zeros + (gl.full((1, 1, 1), 8.0, gl.float32, A),)
             # beyond the last step scales are zero, and whatever the stage holds counts for nothing
-            mbarrier.wait(ready.index(i), phase, pred=step + i < steps)
-            words = words_smem.index(i).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32]).reshape([WARPS, BLOCK_N, 32])
-            words = gl.convert_layout(words, A, assert_trivial=True)
+            mbarrier.wait(ready.index(slot), phase, pred=step + i < steps)
+            words = words_smem.index(slot).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32])
+            words = gl.convert_layout(words.reshape([WARPS, BLOCK_N, 32]), A, assert_trivial=True)
             x = _split_slices(xs[i], WARPS, BLOCK_M, dtype)
             for s in gl.static_range(PARTS):
                 part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
@@ -233,13 +239,21 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             next_xs = next_xs + (_load_x(x_at, x_tile, ahead, tiles),)
             for s in gl.static_range(PARTS):
                 next_scales = next_scales + (_load_scale(scale_ptr, s_tile, s_n, ahead, s, N, K, tiles, GROUP),)
-            if step + i + STAGES < steps:
+            if step + i + WORDS < steps:
                 gl.thread_barrier()  # every warp has read the stage
-                mbarrier.expect(ready.index(i), BYTES)
-                tma.async_copy_global_to_shared(words_desc, [ahead, n0 // 2, 0], ready.index(i), words_smem.index(i))
+                mbarrier.expect(ready.index(slot), BYTES)
+                tma.async_copy_global_to_shared(
+                    words_desc, [t + WORDS * WARPS, n0 // 2, 0], ready.index(slot), words_smem.index(slot)
+                )
         xs = next_xs
         scales = next_scales
-        phase = phase ^ 1
+        if WORDS == STAGES:
+            phase = phase ^ 1
+        else:
+            first_slot += STAGES
+            if first_slot == WORDS:
+                first_slot = 0
+                phase = phase ^ 1
 
     y = gl.sum(acc, axis=0)
     if SQUARES > 0:
@@ -332,5 +346,6 @@ def _run(
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
         RESIDUAL=around.residual is not None, SILU=around.silu, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        STAGES=config.stages, PDL=pdl, WARPS=config.warps, num_warps=config.warps, launch_pdl=pdl,
+        STAGES=config.stages, WORDS=config.stages * config.words, PDL=pdl, WARPS=config.warps,
+        num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
