@@ -125,9 +125,9 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def add_up(acc, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
-           BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """The tile of y at token m0 and column n0, and bias, from acc float32 [BLOCK_N, BLOCK_M] of SPLIT programs."""
+def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Total float32 [BLOCK_M, BLOCK_N] of acc [BLOCK_N, BLOCK_M] of SPLIT programs, an equal share of its tokens in
+    each program, and tokens and columns within the tile. `depart` follows."""
     SHARE: gl.constexpr = _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
     TOKENS: gl.constexpr = BLOCK_M // SPLIT
     ROW: gl.constexpr = SHARE // TOKENS
@@ -153,9 +153,10 @@ def add_up(acc, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS: gl.constexpr, B
     total = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, L)
     for s in gl.static_range(SPLIT):
         total += _load_fours(at + gl.where(s == rank, rank, SPLIT + s - (s > rank).to(gl.int32)) * SHARE)
-    if HAS_BIAS:
-        total += gl.expand_dims(gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32), 0)
-    mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
-    y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
-    gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    return total, rm, rn
+
+
+@gluon.jit
+def depart():  # type: ignore[no-untyped-def]
+    """Wait, behind the last use of what `add_up` returns, until no other program sends from here."""
     _wait()

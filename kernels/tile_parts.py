@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from compress.kernels.cluster_sums import add_up, mailbox_bytes
+from compress.kernels.cluster_sums import add_up, depart, mailbox_bytes
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     cluster_bases,
@@ -37,15 +37,15 @@ GROUP_N = 8
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
-    the machine; cluster: as one cluster, where sums fit the stages (`cluster_sums`). producer: copies by a warp of
-    their own (`w4a16_producer`)."""
+    the machine; cluster: so many of them, side by side, add up through shared memory, where sums fit the stages
+    (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`)."""
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
-    cluster: bool = True
+    cluster: int = 1
     producer: bool = False
 
     @property
@@ -56,8 +56,8 @@ class TiledConfig:
     @property
     def ctas(self) -> int:
         """Programs of a cluster."""
-        fits = mailbox_bytes(self.block_m, self.block_n, self.split_k) <= self.stage_bytes
-        return self.split_k if self.cluster and fits else 1
+        ctas = min(self.cluster, self.split_k)
+        return ctas if mailbox_bytes(self.block_m, self.block_n, ctas) <= self.stage_bytes else 1
 
 
 @gluon.constexpr_function
@@ -287,17 +287,15 @@ def tile_origin(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_
 
 @gluon.jit
 def share_of_tile(first_tile, tiles, per_split, SPLIT: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Which tile this program computes, the number of its share of it, and that share of K: first tile, and the one
-    behind the last."""
+    """Which tile this program computes, its number in its cluster, and its share of K: first tile, and the one behind
+    the last."""
+    CLUSTERS: gl.constexpr = SPLIT // CTAS
     pid = gl.program_id(0)  # of the cluster, where it is in one
+    rank = 0
     if CTAS > 1:
-        tile = first_tile + pid
         rank = cluster_rank()
-    else:
-        tile = first_tile + pid // SPLIT
-        rank = pid % SPLIT
-    first = gl.minimum(rank * per_split, tiles)
-    return tile, rank, first, gl.minimum(first + per_split, tiles)
+    first = gl.minimum((pid % CLUSTERS * CTAS + rank) * per_split, tiles)
+    return first_tile + pid // CLUSTERS, rank, first, gl.minimum(first + per_split, tiles)
 
 
 @gluon.jit
@@ -316,31 +314,43 @@ def wait_for_previous(PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.
 
 
 @gluon.jit
-def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS: gl.constexpr,
+def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS: gl.constexpr,
           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
           CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """A program's sums [BLOCK_N, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    sums_ptr = workspace_ptr
+    if SPLIT > CTAS:
+        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
     if CTAS > 1:
-        add_up(acc, bias_ptr, out_ptr, rank, m0, n0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS)
+        total, rm, rn = add_up(acc, rank, BLOCK_M, BLOCK_N, CTAS, WARPS)
+        if SPLIT > CTAS:
+            gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0), total)
+        else:
+            if HAS_BIAS:
+                total += gl.expand_dims(gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32), 0)
+            mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
+            y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+            gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+        depart()
     elif SPLIT > 1:
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA)), 0)
-        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
     else:
-        store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
+        store_tile(out_desc, acc, bias_ptr, x_smem, n0, m0, N, HAS_BIAS, BLOCK_M, BLOCK_N, MMA)
 
 
 @gluon.jit
-def store_tile(out_desc, acc, bias_ptr, n0, m0, N, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
+def store_tile(out_desc, acc, bias_ptr, x_smem, n0, m0, N, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr,
                BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """A tile of y^T and bias to y, through shared memory as whole lines."""
+    """A tile of y^T and bias to y as whole lines, through the shared memory that the stages of x no longer need."""
     if HAS_BIAS:
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
         acc += gl.expand_dims(bias, 1)
-    y_smem = gl.allocate_shared_memory(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    y_smem = x_smem._reinterpret(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
+    gl.thread_barrier()  # other warps may still be multiplying
     y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)

@@ -114,8 +114,8 @@ DECODE = replace(
 # (block_n, warps, stages) by block_m: what won or came close somewhere on an H100
 _TILES = {
     16: ((64, 4, 4), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 4, 6), (256, 8, 4)),
-    32: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 4, 6), (128, 8, 3)),
-    64: ((64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
+    32: ((256, 8, 4), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 4, 6), (128, 8, 3)),
+    64: ((256, 8, 4), (256, 8, 6), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
     128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (256, 8, 3)),
     256: ((64, 4, 3), (128, 8, 3)),
 }
@@ -130,9 +130,9 @@ def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
     """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
-    shared = [(1, False), *((s, c) for s in splits for c in (True, False))]
+    shared = [(1, 1), *((s, c) for s in splits for c in (1, 2, 4, 8) if c <= s)]
     found = [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
-    return [c for c in found if c.ctas > 1 or not c.cluster]
+    return list(dict.fromkeys(c for c in found if c.ctas == c.cluster))
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:

@@ -284,14 +284,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 
 def choose_config(m: int, n: int, k: int) -> DecodeConfig:
-    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few; once N alone fills the machine,
-    many small programs of one stage; eight warps share a long K. Measured on an H100 by `compress.kernels.tune`
+    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, with words far ahead; once N alone
+    fills the machine, many small programs of one stage; eight warps share a long K. Measured on an H100 by `compress.kernels.tune`
     (NOTES.md)."""
     if m > 8:
         return DecodeConfig(16, 32, 4, 3)
     if n > 12288:
         return DecodeConfig(8, 32, 4, 1)
-    return DecodeConfig(8, 16, 8, 3) if k > 8192 else DecodeConfig(8, 16, 4, 4)
+    return DecodeConfig(8, 16, 8, 3) if k > 8192 else DecodeConfig(8, 16, 4, 4, 4 if n <= 4096 else 2)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:

@@ -84,7 +84,7 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
                          CTAS, 0, DTYPE)  # fmt: skip
     if WAIT:
         pdl_wait()
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
           CTAS)  # fmt: skip
 
 

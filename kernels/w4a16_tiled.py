@@ -21,9 +21,9 @@ memory as whole lines.
 
 Tiles that fill whole waves of the machine are computed by one program each. With split_k > 1 the rest, all of them
 where there are few, are computed by split_k programs each, which share out K and leave float32 sums in a workspace.
-With `cluster` they run side by side on neighbouring multiprocessors and add up through each other's shared memory
-(`cluster_sums`). A cluster needs room for all of its programs at once, which costs more where each runs long; without,
-a second kernel adds up. Either adds in order: the same bits every run.
+`cluster` of them run side by side on neighbouring multiprocessors and add up through each other's shared memory
+(`cluster_sums`). A cluster needs room for all of its programs at once, which costs more where each runs long; what
+several clusters or programs leave of a tile, a second kernel adds up. Both add in order: the same bits every run.
 
 Where whole waves come first, the split tiles are a launch of their own that fills the machine as those drain.
 
@@ -102,7 +102,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
                          STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
           CTAS)  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP_N: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y from sums [SPLIT, BLOCK_M, BLOCK_N] of programs that are no cluster; ROWS tokens of it a program."""
+    """A tile of y from sums [SPLIT, BLOCK_M, BLOCK_N] of programs or clusters; ROWS tokens of it a program."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -146,13 +146,14 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
         block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
     else:
         block_m, block_n, warps = (128 if m <= 256 and n <= 8192 else 256), 128, 8
-    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3, cluster=False, producer=True)
+    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3, producer=True)
     at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
     places = n_sms * min(shared_bytes // config.stage_bytes, producers_by_registers(config))
-    return replace(config, split_k=split, cluster=split == 2 or (split > 2 and rest * split <= 0.8 * places))
+    together = split if split == 2 or rest * split <= 0.8 * places else 1
+    return replace(config, split_k=split, cluster=together)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
@@ -180,7 +181,7 @@ def _launch_tiles(
     tiles, workspace = weight.words.shape[0], None
     ctas = config.ctas
     if split > ctas:
-        workspace = torch.empty(n_tiles * split * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
+        workspace = torch.empty(n_tiles * split // ctas * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
@@ -203,5 +204,5 @@ def _launch_tiles(
         rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
         _sum_kernel[(n_tiles, config.block_m // rows)](
             workspace, bias, y, m, n, first_tile, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, SPLIT=split, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
+            BLOCK_N=config.block_n, SPLIT=split // ctas, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip

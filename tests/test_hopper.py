@@ -49,7 +49,7 @@ def test_decode_rule_covers_m_and_fills_the_machine(m: int) -> None:
     for n, k in itertools.product(NS, KS):
         config = w4a16_decode.choose_config(m, n, k)
         assert config in set(tunables._decode_grid(m)) and m <= config.block_m
-        assert config.stages * config.warps * config.block_n * 64 < H100_SHARED
+        assert config.stages * config.words * config.warps * config.block_n * 64 < H100_SHARED
         assert config.block_n == (16 if m <= 8 else 32) or -(-n // config.block_n) >= 132
 
 
@@ -59,8 +59,8 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
     into 4 tiles of K or more, no further than one wave takes."""
     for n, k in itertools.product(NS, (*KS, 1000)):
         config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
-        assert m <= 8 or replace(config, split_k=1, cluster=True, producer=False) in set(tunables._tiled_grid(m))
-        assert config.ctas == (config.split_k if config.cluster else 1)  # sums fit the stages
+        assert m <= 8 or replace(config, split_k=1, cluster=1, producer=False) in set(tunables._tiled_grid(m))
+        assert config.ctas == config.cluster  # sums fit the stages
         assert config.block_m >= min(m, 128)
         at_once = w4a16_tiled.slots(config, 132, H100_SHARED)
         left = -(-n // config.block_n) * -(-m // config.block_m) % at_once
@@ -80,11 +80,11 @@ def test_tiled_rule_at_known_shapes() -> None:
     def rule(m: int, n: int) -> TiledConfig:
         return w4a16_tiled.choose_config(m, n, 4096, 132, H100_SHARED)
 
-    assert rule(32, 4096) == TiledConfig(32, 64, 4, 4, 4, cluster=True, producer=True)
-    assert rule(64, 4096) == TiledConfig(64, 64, 4, 4, 3, cluster=True, producer=True)
-    assert rule(256, 4096) == TiledConfig(128, 128, 2, 8, 3, cluster=True, producer=True)
-    assert rule(257, 16896) == TiledConfig(256, 128, 1, 8, 3, cluster=False, producer=True)
-    assert rule(64, 28672) == TiledConfig(64, 128, 1, 4, 3, cluster=False, producer=True)
+    assert rule(32, 4096) == TiledConfig(32, 64, 4, 4, 4, cluster=4, producer=True)
+    assert rule(64, 4096) == TiledConfig(64, 64, 4, 4, 3, cluster=4, producer=True)
+    assert rule(256, 4096) == TiledConfig(128, 128, 2, 8, 3, cluster=2, producer=True)
+    assert rule(257, 16896) == TiledConfig(256, 128, 1, 8, 3, producer=True)
+    assert rule(64, 28672) == TiledConfig(64, 128, 1, 4, 3, producer=True)
 
 
 @pytest.mark.parametrize(
@@ -323,24 +323,28 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (DecodeConfig(8, 32, 8, 1, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (1, 7)),
     (DecodeConfig(16, 16, 8, 3, 2), "fp16", 32, False, False, DECODE_N, DECODE_K, (7, 16)),
     (TiledConfig(32, 64, 1, 4, 4), "fp16", 128, True, True, DECODE_N, DECODE_K, (1, 30, 100)),
-    (TiledConfig(64, 128, 4, 4, 3), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 100, 300)),
-    (TiledConfig(128, 64, 2, 4, 3), "fp16", 64, False, True, DECODE_N, DECODE_K, (30, 300)),
+    (TiledConfig(64, 128, 4, 4, 3, 4), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 100, 300)),
+    (TiledConfig(128, 64, 2, 4, 3, 2), "fp16", 64, False, True, DECODE_N, DECODE_K, (30, 300)),
     (TiledConfig(128, 256, 1, 8, 3), "bf16", 384, True, False, DECODE_N, (1152, 16512), (100, 300)),
-    (TiledConfig(16, 64, 2, 4, 6), "fp16", None, False, True, DECODE_N, (1000,), (7, 16, 30)),
-    (TiledConfig(128, 64, 8, 4, 4), "bf16", 128, False, True, DECODE_N, DECODE_K, (300,)),
-    (TiledConfig(64, 128, 4, 4, 3, cluster=False), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
-    (TiledConfig(64, 128, 4, 4, 3, False, True), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
-    (TiledConfig(16, 128, 1, 4, 4, False, True), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 30)),
-    (TiledConfig(64, 256, 1, 8, 4, False, True), "fp16", 64, True, True, DECODE_N, DECODE_K, (30, 100)),
-    (TiledConfig(256, 128, 2, 8, 3, False, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (100, 300)),
-    (TiledConfig(64, 64, 2, 4, 3, False, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
-    (TiledConfig(16, 128, 8, 4, 3, True, True), "bf16", 32, False, True, DECODE_N, DECODE_K, (13, 30)),
-    (TiledConfig(64, 64, 4, 4, 2, True, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (30, 100)),
-    (TiledConfig(256, 128, 2, 8, 3, True, True), "fp16", 64, False, True, DECODE_N, DECODE_K, (100, 300)),
-    (TiledConfig(64, 64, 2, 4, 3, True, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    (TiledConfig(16, 64, 2, 4, 6, 2), "fp16", None, False, True, DECODE_N, (1000,), (7, 16, 30)),
+    (TiledConfig(128, 64, 8, 4, 4, 8), "bf16", 128, False, True, DECODE_N, DECODE_K, (300,)),
+    (TiledConfig(64, 128, 4, 4, 3), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(64, 128, 4, 4, 3, 1, True), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(16, 128, 1, 4, 4, 1, True), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 256, 1, 8, 4, 1, True), "fp16", 64, True, True, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(256, 128, 2, 8, 3, 1, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(64, 64, 2, 4, 3, 1, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    (TiledConfig(16, 128, 8, 4, 3, 8, True), "bf16", 32, False, True, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 64, 4, 4, 2, 4, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(256, 128, 2, 8, 3, 2, True), "fp16", 64, False, True, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(64, 64, 2, 4, 3, 2, True), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    # clusters that share out a tile, and a kernel that adds up theirs
+    (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 256, 8, 8, 4, 2, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (30, 100)),
     # 300 tiles: 264 are a whole wave, then a tail
-    (TiledConfig(64, 64, 2, 4, 3), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
-    (TiledConfig(64, 64, 4, 4, 3, cluster=False), "bf16", 128, True, False, (19200,), (2048,), (64,)),
+    (TiledConfig(64, 64, 2, 4, 3, 2), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    (TiledConfig(64, 64, 4, 4, 3), "bf16", 128, True, False, (19200,), (2048,), (64,)),
 ]
 
 
@@ -379,7 +383,7 @@ def test_rows_of_very_different_scales_are_each_exact(dtype: str, producer: bool
     steps = 2.0 ** -torch.arange(8, device="cuda").remainder(5)
     scale = (scale / scale.amax(1, keepdim=True) * powers * steps).to(scale.dtype)
     y = w4a16.launch(
-        x, w4a16.pack_kernel_layout(codes, scale, None), None, TiledConfig(32, 64, 2, 4, 4, False, producer)
+        x, w4a16.pack_kernel_layout(codes, scale, None), None, TiledConfig(32, 64, 2, 4, 4, 1, producer)
     )
     expected = w4a16_linear(x, codes, scale, zero, None)
     worst = max(relative_error(y[:, i], expected[:, i]) for i in range(256))
@@ -397,7 +401,7 @@ def test_a_misaligned_x_is_computed_all_the_same() -> None:
 
 SIDE = 2048
 # what the H100's table takes at 2048 x 2048, so that one compiled kernel serves the operator and explicit launches
-DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4)
+DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4, 4)
 
 
 @pytest.fixture(scope="module")
