@@ -102,7 +102,7 @@ def test_kl_of_rows(shape: tuple[int, int], dtype: str, monkeypatch: pytest.Monk
     tolerance = 1e-6 if dtype == "fp32" else 2e-3
     assert gradient.dtype == DTYPES[dtype]
     torch.testing.assert_close(gradient.cpu().double(), (q - p) / shape[0], rtol=0, atol=tolerance)
-    assert float(gradient[2].abs().max()) == 0 and abs(float(kl[2])) < 1e-5
+    assert float(gradient[2].abs().max()) < 1e-7 and abs(float(kl[2])) < 1e-5  # two sums, each rounded as it likes
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
