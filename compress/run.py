@@ -25,7 +25,7 @@ _QUANTIZE_CODE = (
     "quant.py", "packing.py", "methods", "rotated.py", "rotation.py", "blocks.py", "head.py", "awq_pass.py",
     "learn_pass.py", "tune.py", "groups.py", "streams.py", "models.py", "naming.py", "source.py", "plan.py",
     "allocate.py", "sensitivity.py", "calibration.py", "generate.py", "sampling.py", "checkpoint.py",
-    "artifact.py", "kernels/training.py",
+    "artifact.py", "norms.py", "kernels/training.py",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from compress.methods.adam import Adam
 from compress.methods.distill import TunedLinear, kl_to_teacher
 from compress.methods.signround import stored, unpack_offsets
 from compress.models import LoadedModel, retie
+from compress.norms import fused_norms
 from compress.streams import (
     HiddenStream,
     captured_as_called,
@@ -103,7 +104,8 @@ def tune_model(
         captured = inputs.plan.config.tune.graphs and replay.can_capture(inputs.device) and not recompute
         forwards = captured_as_called(loaded) if captured else _recomputed(loaded) if recompute else nullcontext()
         try:
-            with repeatable(inputs.device), forwards:
+            on_gpu = inputs.device.type == "cuda"
+            with repeatable(inputs.device), forwards, fused_norms(loaded.model) if on_gpu else nullcontext():
                 note = tuner.run(on_step, captured)
             verify_logits = tuner.verify_logits()
         finally:

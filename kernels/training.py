@@ -7,9 +7,11 @@ the loss a dozen passes over tables [tokens, vocabulary] in float32. Here:
     weight_gradients    gradient of the dense weight, u, scale -> of scale, and of u        two reads, one write
     kl_and_gradient     logits, teacher's -> KL of each row, gradient of their mean         two reads (the second from
                                                                                             the cache), one write
+    rms_norm            x, gain -> x / rms(x) * gain                                        one read, one write
+    rms_norm_gradients  gradient of that, x, gain -> of x, and of gain                      two reads, one write
 
-Twins: the same functions of `compress.methods.distill` on a CPU. Groups are E consecutive elements of a row-major
-weight. No atomics: the same bits every run.
+Twins: the same functions of `compress.methods.distill` on a CPU, and what autograd makes of a norm. Groups are E
+consecutive elements of a row-major weight. No atomics: the same bits every run.
 """
 
 from __future__ import annotations
@@ -96,6 +98,45 @@ def _kl_kernel(logits_ptr, teacher_ptr, gradient_ptr, kl_ptr, V, share, BLOCK: t
         tl.store(at_g + v, (difference * share).to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _norm_rows(x_ptr, rows, H, eps, r, h):  # type: ignore[no-untyped-def]
+    """Some rows of x divided by their root mean square, and what that multiplied them by."""
+    mask = (r < rows)[:, None] & (h < H)[None, :]
+    x = tl.load(x_ptr + r.to(tl.int64)[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    by = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)[:, None]
+    return x * by, by, mask
+
+
+@triton.jit
+def _norm_kernel(x_ptr, gain_ptr, out_ptr, rows, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    r, h = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    unit, _, mask = _norm_rows(x_ptr, rows, H, eps, r, h)
+    y = unit * tl.load(gain_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + r.to(tl.int64)[:, None] * H + h[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_gradients_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, gain_ptr, grad_x_ptr, grad_gain_ptr, rows, H, eps, per_program,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """per_program rows: their gradients, and the sum over them of the gain's."""
+    h = tl.arange(0, BLOCK)
+    gain = tl.load(gain_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    first = tl.program_id(0) * per_program
+    for start in range(0, per_program, ROWS):
+        r = first + start + tl.arange(0, ROWS)
+        unit, by, mask = _norm_rows(x_ptr, rows, H, eps, r, h)
+        at = r.to(tl.int64)[:, None] * H + h[None, :]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total += grad * unit
+        grad = grad * gain
+        grad = (grad - unit * (tl.sum(grad * unit, axis=1) / H)[:, None]) * by
+        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_gain_ptr + tl.program_id(0).to(tl.int64) * H + h, tl.sum(total, axis=0), mask=h < H)
+
+
 @common.on_operand_device
 def dense_weight(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """u [N, K] of any dtype; scale, low, high float32 [N', G], one for each N K / (N' G) elements -> `dtype` [N, K].
@@ -145,3 +186,44 @@ def kl_and_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK=min(4096, triton.next_power_of_2(v)), num_warps=8,
     )  # fmt: skip
     return kl, gradient
+
+
+_NORM_TILE = 4096  # elements of rows that a program works on at a time, where a row is no longer
+_NORM_PROGRAMS = 512  # of the backward pass at most: each leaves a sum over its rows
+
+
+def _norm_tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile."""
+    block = triton.next_power_of_2(width)
+    return max(1, _NORM_TILE // block), block
+
+
+@common.on_operand_device
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x [..., H] / sqrt(mean(x^2) + eps) * gain [H], computed in float32, in `dtype`."""
+    common.check_device("training", x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, block = _norm_tile(x.shape[-1])
+    n = x.numel() // x.shape[-1]
+    _norm_kernel[(triton.cdiv(n, rows),)](
+        x.contiguous(), gain, out, n, x.shape[-1], eps, ROWS=rows, BLOCK=block, num_warps=8
+    )
+    return out
+
+
+@common.on_operand_device
+def rms_norm_gradients(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """From the gradient of `rms_norm` [..., H], in any float dtype, those of x, in x's dtype, and of gain, float32."""
+    common.check_device("training", x.device)
+    width = x.shape[-1]
+    n = x.numel() // width
+    rows, block = _norm_tile(width)
+    per_program = triton.cdiv(triton.cdiv(n, _NORM_PROGRAMS), rows) * rows
+    programs = triton.cdiv(n, per_program)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_gain = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _norm_gradients_kernel[(programs,)](
+        grad.contiguous(), x.contiguous(), gain, grad_x, grad_gain, n, width, eps, per_program, ROWS=rows, BLOCK=block,
+        num_warps=8,
+    )  # fmt: skip
+    return grad_x, grad_gain.sum(0)

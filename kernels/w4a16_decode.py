@@ -285,8 +285,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 def choose_config(m: int, n: int, k: int) -> DecodeConfig:
     """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, with words far ahead; once N alone
-    fills the machine, many small programs of one stage; eight warps share a long K. Measured on an H100 by `compress.kernels.tune`
-    (NOTES.md)."""
+    fills the machine, many small programs of one stage; eight warps share a long K. Measured on an H100 by
+    `compress.kernels.tune` (NOTES.md)."""
     if m > 8:
         return DecodeConfig(16, 32, 4, 3)
     if n > 12288:

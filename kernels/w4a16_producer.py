@@ -84,8 +84,8 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
                          CTAS, 0, DTYPE)  # fmt: skip
     if WAIT:
         pdl_wait()
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
-          CTAS)  # fmt: skip
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
+          SPLIT, WARPS, CTAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])

@@ -102,8 +102,8 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
                          STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT, WARPS,
-          CTAS)  # fmt: skip
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
+          SPLIT, WARPS, CTAS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -181,7 +181,9 @@ def _launch_tiles(
     tiles, workspace = weight.words.shape[0], None
     ctas = config.ctas
     if split > ctas:
-        workspace = torch.empty(n_tiles * split // ctas * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
+        workspace = torch.empty(
+            n_tiles * split // ctas * config.block_m * config.block_n, dtype=torch.float32, device=x.device
+        )
     wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
@@ -204,5 +206,6 @@ def _launch_tiles(
         rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
         _sum_kernel[(n_tiles, config.block_m // rows)](
             workspace, bias, y, m, n, first_tile, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, SPLIT=split // ctas, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4, launch_pdl=pdl,
+            BLOCK_N=config.block_n, SPLIT=split // ctas, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4,
+            launch_pdl=pdl,
         )  # fmt: skip

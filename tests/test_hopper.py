@@ -382,9 +382,7 @@ def test_rows_of_very_different_scales_are_each_exact(dtype: str, producer: bool
     powers = torch.logspace(-4, 1, 256, dtype=torch.float64, device="cuda")[:, None]
     steps = 2.0 ** -torch.arange(8, device="cuda").remainder(5)
     scale = (scale / scale.amax(1, keepdim=True) * powers * steps).to(scale.dtype)
-    y = w4a16.launch(
-        x, w4a16.pack_kernel_layout(codes, scale, None), None, TiledConfig(32, 64, 2, 4, 4, 1, producer)
-    )
+    y = w4a16.launch(x, w4a16.pack_kernel_layout(codes, scale, None), None, TiledConfig(32, 64, 2, 4, 4, 1, producer))
     expected = w4a16_linear(x, codes, scale, zero, None)
     worst = max(relative_error(y[:, i], expected[:, i]) for i in range(256))
     assert worst < 3 * BOUND[DTYPES[dtype]]  # of 20 values: some rows are less lucky than all together

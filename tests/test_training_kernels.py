@@ -18,6 +18,7 @@ if not HAS_GPU:
 
 from compress.kernels import common, training  # noqa: E402
 from compress.methods import distill  # noqa: E402
+from compress.norms import fused_norms, rms_epsilon  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -113,6 +114,83 @@ def test_bad_logits_are_not_hidden() -> None:
         logits[1, 7] = bad
         kl, _ = training.kl_and_gradient(*on_device(logits, torch.zeros(2, 40)))
         assert kl.isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", [(3, 7, 50), (2, 4096), (1, 5000), (9, 256)])
+def test_norms(shape: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: autograd of the formula in float64. Rows of less than a tile, of one and of more; rows that a program
+    does not fill; the same bits again."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator).mul(3).to(DTYPES[dtype])
+    gain = torch.rand(shape[-1], generator=generator) + 0.5
+    grad = torch.randn(shape, generator=generator).to(DTYPES[dtype])
+    wide, wide_gain = (t.double().requires_grad_() for t in (x, gain))
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * wide_gain
+    expected.backward(grad.double())
+    assert wide.grad is not None and wide_gain.grad is not None
+    with monkeypatch.context() as patch:
+        poison_empty(patch)
+        y = training.rms_norm(*on_device(x, gain), 1e-6, torch.float32)
+        found, again = (training.rms_norm_gradients(*on_device(grad, x, gain), 1e-6) for _ in range(2))
+    assert y.dtype == torch.float32 and found[0].dtype == x.dtype and found[1].dtype == torch.float32
+    torch.testing.assert_close(y.cpu().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    last_bit = 1e-5 if dtype == "fp32" else 2**-9 if dtype == "fp16" else 2**-6
+    torch.testing.assert_close(found[0].cpu().double(), wide.grad, rtol=last_bit, atol=last_bit)
+    torch.testing.assert_close(found[1].cpu().double(), wide_gain.grad, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+class _OnePlus(torch.nn.Module):
+    """Gemma's norm: another function of the same weight and epsilon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.weight = 1e-6, torch.nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+
+
+class _Gated(torch.nn.RMSNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x) if gate is None else super().forward(x) * gate
+
+
+def test_only_rms_norms_are_replaced() -> None:
+    """Oracle: modules that compute the formula and others that nearly do; their own outputs and gradients."""
+    plain = torch.nn.RMSNorm(8, eps=1e-5)
+    others = [torch.nn.LayerNorm(8), _OnePlus(), _Gated(8, eps=1e-5), torch.nn.Linear(8, 8)]
+    model = torch.nn.Sequential(plain, *others).to(DEVICE)
+    torch.nn.init.uniform_(plain.weight, 0.5, 2)
+    assert rms_epsilon(plain) == 1e-5 and all(rms_epsilon(m) is None for m in others)
+    x = torch.linspace(-1, 2, 48, device=DEVICE).view(2, 3, 8)
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        return [y.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())]  # type: ignore[list-item, union-attr]
+
+    expected = run()
+    with fused_norms(model) as count:
+        assert count == 1 and "forward" in vars(plain)
+        found = run()
+    assert "forward" not in vars(plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_under_autocast_come_in_its_dtype() -> None:
+    """Oracle: torch's bfloat16 of the float32 result."""
+    norm = torch.nn.RMSNorm(16, eps=1e-5).to(DEVICE)
+    x = torch.linspace(-1, 2, 48, device=DEVICE).view(3, 16)
+    expected = norm(x)
+    with fused_norms(norm), torch.autocast(DEVICE, torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7, atol=0)
 
 
 def test_kernels_run_where_their_operands_are(monkeypatch: pytest.MonkeyPatch) -> None:

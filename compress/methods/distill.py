@@ -53,13 +53,13 @@ class _KlToTeacher(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
         v = logits.shape[-1]
         kl, gradient = _kl_and_gradient(logits.reshape(-1, v), teacher.reshape(-1, v))
-        ctx.save_for_backward(gradient.view_as(logits))
+        ctx.gradient = gradient.view_as(logits)
         return kl.mean(dtype=torch.float64).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None
+        gradient, ctx.gradient = ctx.gradient, None  # as large as the logits, and needed once
+        return gradient.mul_(grads[0]), None
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
