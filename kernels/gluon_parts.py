@@ -31,6 +31,18 @@ def pdl_wait():  # type: ignore[no-untyped-def]
     instruction("griddepcontrol.wait")
 
 
+@gluon.jit
+def fetch_first_descriptor(kernel: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Bring the tensor descriptor that is the first parameter of the kernel of that name to where copies look for it:
+    copies that may only start late should not wait for memory twice."""
+    asm: gl.constexpr = (
+        "{.reg .pred p; .reg .b32 t; .reg .b64 a; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b64 a, "
+        + kernel
+        + "_param_0; cvta.param.u64 a, a; @p prefetch.tensormap [a]; mov.b32 $0, 0;}"
+    )
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.constexpr_function
 def cluster_bases(split, rank):  # type: ignore[no-untyped-def]
     """Bases of a layout over a cluster whose programs each hold a tensor of their own: the program's number moves

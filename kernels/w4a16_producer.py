@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend
-from compress.kernels.gluon_parts import pdl_wait
+from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
@@ -100,6 +100,7 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr = x_desc.dtype
     BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
+    fetch_first_descriptor("_producer_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 

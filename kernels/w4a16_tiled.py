@@ -48,7 +48,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
-from compress.kernels.gluon_parts import cluster_bases, pdl_wait
+from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
@@ -78,6 +78,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr = x_desc.dtype
     BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
+    fetch_first_descriptor("_tiled_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
