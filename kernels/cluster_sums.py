@@ -1,17 +1,20 @@
 """Sums of a split tile, added up through the shared memory of a cluster: no workspace, no second kernel.
 
 Each program of the cluster has summed its share of K over the whole tile, and becomes the owner of a share of its
-tokens. Where the stages were, it lays its sums out by owner and leaves room for those of the others, which every owner
-adds in the order of the programs: the same bits every run.
+tokens. Where the stages were, it lays its sums out by owner; it adds those that the others send it in the order of the
+programs: the same bits every run.
 
     cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |   each a [BLOCK_N, BLOCK_M] sum in registers
-      shared memory of 1: [4 owners, tokens, ROW] own sums | [3 others, tokens, ROW] mail | mbarrier that counts bytes
-                         one bulk copy from each program to each other
+      shared memory of 1: stages, then [4 owners, tokens, ROW] own sums | [3 others, tokens, ROW] mail | mbarrier that
+                         one bulk copy from each program to each other                                  counts bytes
                  tokens: | program 0 | program 1 | program 2 | program 3 |   each adds 4 sums of a quarter
 
+Mail lies behind the stages, so that who is done may send to who still multiplies; all that a cluster waits for before
+is that its programs run. Mail of two programs, half of a tile, is too large for that and lies in the stages.
+
 Gluon of Triton 3.6 has no name for the shared memory of another program, nor for the address of its own: offsets count
-from the begin of what Triton allocates (`global_smem`), in PTX. A kernel that comes here allocates at least
-`mailbox_bytes` for its stages, first of all, and needs nothing in there any more.
+from the begin of what Triton allocates (`global_smem`), in PTX. A kernel that comes here allocates its stages and
+`mail_bytes` behind them as one, which is by far the largest and therefore first.
 """
 
 from __future__ import annotations
@@ -32,14 +35,26 @@ def _share_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def _mbarrier_offset(block_m, block_n, split):  # type: ignore[no-untyped-def]
-    """Behind a program's own sums and the mail of the others."""
-    return (2 * split - 1) * _share_bytes(block_m, block_n, split)
+def mail_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
+    """Shared memory behind the stages."""
+    return (split - 1) * _share_bytes(block_m, block_n, split) + 8 if split > 2 else 0
 
 
-def mailbox_bytes(block_m: int, block_n: int, split: int) -> int:
-    """Shared memory that a program of the cluster writes to: its sums, the mail of the others, and an mbarrier."""
-    return int(_mbarrier_offset(block_m, block_n, split)) + 8
+@gluon.constexpr_function
+def _mail_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-untyped-def]
+    return stage_bytes if split > 2 else split * _share_bytes(block_m, block_n, split)
+
+
+@gluon.constexpr_function
+def _mbarrier_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-untyped-def]
+    """Behind the mail of the others."""
+    return _mail_offset(block_m, block_n, split, stage_bytes) + (split - 1) * _share_bytes(block_m, block_n, split)
+
+
+def sums_fit(block_m: int, block_n: int, split: int, stage_bytes: int) -> bool:
+    """Whether the stages have room for what a program of the cluster writes there."""
+    own = split * int(_share_bytes(block_m, block_n, split))
+    return (own if split > 2 else own + own // 2 + 8) <= stage_bytes
 
 
 @gluon.constexpr_function
@@ -61,11 +76,30 @@ def _wait():  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def attend():  # type: ignore[no-untyped-def]
-    """What warps of a program do that take no part in `add_up`: its barriers count all warps of the cluster."""
-    for _ in gl.static_range(2):
+def open_mail(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Done first by the warps that will `add_up`."""
+    if SPLIT > 2:
+        _open_mailbox(
+            _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES), (SPLIT - 1) * _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
+        )
         _arrive()
-        _wait()
+
+
+@gluon.jit
+def attend_opening(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """What all other warps of a program do first: the cluster's barriers count every one."""
+    if SPLIT > 2:
+        _arrive()
+
+
+@gluon.jit
+def attend_sums(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """And last."""
+    if SPLIT == 2:
+        _arrive()
+    _wait()
+    _arrive()
+    _wait()
 
 
 @gluon.jit
@@ -89,18 +123,19 @@ def _store(offset, value):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _send(rank, split, share, mbarrier):  # type: ignore[no-untyped-def]
-    """Copy share t of this program's sums to program t of the cluster, behind those of the programs before this one;
-    thread t does. What was stored is visible to copies behind a fence."""
+def _send(rank, split, share, mbarrier, mail):  # type: ignore[no-untyped-def]
+    """Copy share t of this program's sums to program t of the cluster, there behind `mail` and the mail of the programs
+    before this one; thread t does. What was stored is visible to copies behind a fence."""
     gl.inline_asm_elementwise(
         "{.reg .pred p, before; .reg .b32 t, base, from, to, box; mov.u32 t, %tid.x; mov.b32 base, global_smem; "
         "setp.lt.u32 p, t, $2; setp.ne.and.u32 p, t, $1, p; setp.lt.u32 before, t, $1; "
         "mad.lo.s32 from, t, $3, base; "
-        "selp.b32 to, -1, 0, before; add.s32 to, to, $1; add.s32 to, to, $2; mad.lo.s32 to, to, $3, base; "
+        "selp.b32 to, -1, 0, before; add.s32 to, to, $1; mad.lo.s32 to, to, $3, base; add.s32 to, to, $5; "
         "add.s32 box, base, $4; @p mapa.shared::cluster.u32 to, to, t; @p mapa.shared::cluster.u32 box, box, t; "
         "@p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [from], $3, [box]; "
         "mov.b32 $0, 0;}",
-        "=r,r,r,r,r", [gl.to_tensor(rank), gl.to_tensor(split), gl.to_tensor(share), gl.to_tensor(mbarrier)],
+        "=r,r,r,r,r,r",
+        [gl.to_tensor(rank), gl.to_tensor(split), gl.to_tensor(share), gl.to_tensor(mbarrier), gl.to_tensor(mail)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -125,24 +160,27 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
+           STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Total float32 [BLOCK_M, BLOCK_N] of acc [BLOCK_N, BLOCK_M] of SPLIT programs, an equal share of its tokens in
     each program, and tokens and columns within the tile. `depart` follows."""
     SHARE: gl.constexpr = _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
     TOKENS: gl.constexpr = BLOCK_M // SPLIT
     ROW: gl.constexpr = SHARE // TOKENS
-    MBARRIER: gl.constexpr = _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT)
+    MAIL: gl.constexpr = _mail_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
+    MBARRIER: gl.constexpr = _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
     ACC: gl.constexpr = acc.type.layout
     gl.thread_barrier()  # other warps may have been reading what the stages held
-    _open_mailbox(MBARRIER, (SPLIT - 1) * SHARE)
-    _arrive()
+    if SPLIT == 2:
+        _open_mailbox(MBARRIER, SHARE)
+        _arrive()
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
     rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
     _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
     fence_async_shared()
     gl.thread_barrier()
-    _wait()  # the stages of all are mailboxes now
-    _send(rank, SPLIT, SHARE, MBARRIER)
+    _wait()  # the mailboxes of all are open
+    _send(rank, SPLIT, SHARE, MBARRIER, MAIL)
     _wait_for_mail(MBARRIER)
     _arrive()  # what the others sent here they need no longer keep
 
@@ -152,7 +190,7 @@ def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.co
     at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn * 4, 0)
     total = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, L)
     for s in gl.static_range(SPLIT):
-        total += _load_fours(at + gl.where(s == rank, rank, SPLIT + s - (s > rank).to(gl.int32)) * SHARE)
+        total += _load_fours(at + gl.where(s == rank, rank * SHARE, MAIL + (s - (s > rank).to(gl.int32)) * SHARE))
     return total, rm, rn
 
 

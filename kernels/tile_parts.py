@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from compress.kernels.cluster_sums import add_up, depart, mailbox_bytes
+from compress.kernels.cluster_sums import add_up, depart, mail_bytes, sums_fit
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     cluster_bases,
@@ -32,6 +32,7 @@ from compress.kernels.gluon_parts import (
 )
 
 GROUP_N = 8
+_UNIT = 1024  # bytes that parts of shared memory are multiples of, for swizzled copies
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,44 @@ class TiledConfig:
         return self.stages * int(bytes_of_stage(self.block_m, self.block_n))
 
     @property
+    def memory_bytes(self) -> int:
+        """Shared memory of stages and mail."""
+        return int(_memory_units(self.block_m, self.block_n, self.stages, self.ctas)) * _UNIT
+
+    @property
     def ctas(self) -> int:
         """Programs of a cluster."""
         ctas = min(self.cluster, self.split_k)
-        return ctas if mailbox_bytes(self.block_m, self.block_n, ctas) <= self.stage_bytes else 1
+        return ctas if sums_fit(self.block_m, self.block_n, ctas, self.stage_bytes) else 1
 
 
 @gluon.constexpr_function
 def bytes_of_stage(block_m, block_n):  # type: ignore[no-untyped-def]
     """Words and x of a tile of K."""
     return block_n * 64 + block_m * 256
+
+
+@gluon.constexpr_function
+def _memory_units(block_m, block_n, stages, ctas):  # type: ignore[no-untyped-def]
+    mail = -(-mail_bytes(block_m, block_n, ctas) // _UNIT)
+    return stages * bytes_of_stage(block_m, block_n) // _UNIT + mail
+
+
+@gluon.constexpr_function
+def _memory_layout(ctas):  # type: ignore[no-untyped-def]
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=cluster_bases(ctas, 1))
+
+
+@gluon.jit
+def stage_memory(words_desc, x_desc, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+                 CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Words int16 [STAGES, BLOCK_N / 2, 64] and x [2 STAGES, BLOCK_M, 64] in shared memory, and what `cluster_sums`
+    needs behind them."""
+    UNITS: gl.constexpr = _memory_units(BLOCK_M, BLOCK_N, STAGES, CTAS)
+    memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], _memory_layout(CTAS))
+    words = memory.index(0)._reinterpret(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
+    x = memory.index(STAGES * BLOCK_N // 16)._reinterpret(x_desc.dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    return words, x
 
 
 @gluon.constexpr_function
@@ -315,15 +344,15 @@ def wait_for_previous(PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.
 
 @gluon.jit
 def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS: gl.constexpr,
-          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
-          CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+          WARPS: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """A program's sums [BLOCK_N, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
     sums_ptr = workspace_ptr
     if SPLIT > CTAS:
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
     if CTAS > 1:
-        total, rm, rn = add_up(acc, rank, BLOCK_M, BLOCK_N, CTAS, WARPS)
+        total, rm, rn = add_up(acc, rank, BLOCK_M, BLOCK_N, CTAS, WARPS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
         if SPLIT > CTAS:
             gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0), total)
         else:

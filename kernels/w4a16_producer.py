@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compress.kernels.cluster_sums import attend
+from compress.kernels.cluster_sums import attend_opening, attend_sums, open_mail
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.tile_parts import (
     GROUP_N,
@@ -34,6 +34,7 @@ from compress.kernels.tile_parts import (
     multiply_tiles,
     next_stage,
     share_of_tile,
+    stage_memory,
     tile_origin,
     wait_for_previous,
 )
@@ -47,6 +48,8 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
              STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr,
              IS_TAIL: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
+    if CTAS > 1:
+        attend_opening(CTAS)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                    True, False, BYTES)  # fmt: skip
@@ -60,14 +63,15 @@ def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, 
         mbarrier.wait(empty.index(stage), phase)
         copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, BYTES)
         stage, phase = next_stage(stage, phase, STAGES)
-    _idle(CTAS)
+    if CTAS > 1:
+        attend_sums(CTAS)
 
 
 @gluon.jit
 def _idle(CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The end of every partition but the consumers'."""
     if CTAS > 1:
-        attend()
+        attend_opening(CTAS)
+        attend_sums(CTAS)
 
 
 @gluon.jit
@@ -85,7 +89,7 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
     if WAIT:
         pdl_wait()
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
-          SPLIT, WARPS, CTAS)  # fmt: skip
+          STAGES, SPLIT, WARPS, CTAS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -104,8 +108,9 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
-    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
-    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    words_smem, x_smem = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
+    if CTAS > 1:
+        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     for i in gl.static_range(STAGES):

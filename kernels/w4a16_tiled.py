@@ -47,6 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compress.kernels.cluster_sums import open_mail
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
 from compress.kernels.tile_parts import (
@@ -59,6 +60,7 @@ from compress.kernels.tile_parts import (
     leave,
     multiply_tiles,
     share_of_tile,
+    stage_memory,
     tile_origin,
     wait_for_previous,
 )
@@ -82,8 +84,9 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
-    words_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
-    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    words_smem, x_smem = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
+    if CTAS > 1:
+        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
@@ -104,7 +107,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
-          SPLIT, WARPS, CTAS)  # fmt: skip
+          STAGES, SPLIT, WARPS, CTAS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -133,7 +136,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
-    used = config.stage_bytes + 64
+    used = config.memory_bytes + 64
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
