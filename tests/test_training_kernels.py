@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,20 +41,16 @@ def on_device(*tensors: Tensor) -> list[Tensor]:
     return [t.to(DEVICE) for t in tensors]
 
 
-def view(shape: tuple[int, int], groups: tuple[int, int]) -> tuple[int, int, int]:
-    return (*groups, shape[0] * shape[1] // (groups[0] * groups[1]))
-
-
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_dense_weights(
     shape: tuple[int, int], groups: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: `distill._dense` in PyTorch on the CPU, to the bit; of learned and of fixed codes. The interpreter cuts
-    bfloat16 off instead of rounding."""
+    """Oracle: `distill.dense_weight` in PyTorch on the CPU, to the bit; of learned and of fixed codes. The interpreter
+    cuts bfloat16 off instead of rounding."""
     for whole in (False, True):
         u, scale, low, high = weight(shape, groups, whole)
-        expected = distill._dense(u, scale, low, high, view(shape, groups), DTYPES[dtype])
+        expected = distill.dense_weight(u, scale, low, high, DTYPES[dtype])
         with monkeypatch.context() as patch:
             poison_empty(patch)
             found = training.dense_weight(*on_device(u, scale, low, high), DTYPES[dtype])
@@ -66,11 +63,11 @@ def test_dense_weights(
 def test_weight_gradients(
     shape: tuple[int, int], groups: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: `distill._gradients` in PyTorch on the CPU: that of u to the bit, sums up to their order. The same bits
-    again, and without u's the same for scales."""
+    """Oracle: `distill.weight_gradients` in PyTorch on the CPU: that of u to the bit, sums up to their order. The same
+    bits again, and without u's the same for scales."""
     u, scale, low, high = weight(shape, groups)
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
-    expected = distill._gradients(dense.clone(), u, scale, low, high, view(shape, groups), True)
+    expected = distill.weight_gradients(dense.clone(), u, scale, low, high, True)
     operands = on_device(dense, u, scale, low, high)
     with monkeypatch.context() as patch:
         poison_empty(patch)
@@ -191,6 +188,13 @@ def test_norms_under_autocast_come_in_its_dtype() -> None:
         y = norm(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7, atol=0)
+
+
+def test_twins_and_kernels_take_the_same_arguments() -> None:
+    """Oracle: both signatures: `distill` hands a twin's arguments on to the kernel of its name."""
+    for name in ("dense_weight", "weight_gradients", "kl_and_gradient"):
+        twin, kernel = (list(signature(getattr(m, name)).parameters.values()) for m in (distill, training))
+        assert [(p.name, p.kind, p.default) for p in twin] == [(p.name, p.kind, p.default) for p in kernel]
 
 
 def test_kernels_run_where_their_operands_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ codes of a finished post-training quantization, every weight at most half a step
 hundred steps suffice; scales are trained with the codes and are what will be stored; only weights are quantized. Where
 a weight lies in units of its step is what Adam moves, so that one rate suits all layers.
 
-On a GPU the work beside matrix products is done by `compress.kernels.training`.
+On a GPU the work beside matrix products is done by `compress.kernels.training`, whose twins stand here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +29,26 @@ from compress.quant import QuantizedWeight
 # Rows of float32 tables [rows, V] at work at a time: chunks that stay in the cache halve the time.
 _CHUNK_ELEMENTS = 2**20
 
+_Twin = TypeVar("_Twin", bound=Callable[..., Any])
 
-def _kl_and_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL of each row, float32 [n], of logits [n, V], and the gradient of their mean: a chunk of rows at a time."""
-    if logits.is_cuda:
+
+def _or_kernel(twin: _Twin) -> _Twin:
+    """On a GPU the function of the same name in `compress.kernels.training`."""
+
+    @wraps(twin)
+    def run(first: Tensor, *args: Any) -> Any:
+        if not first.is_cuda:
+            return twin(first, *args)
         from compress.kernels import training
 
-        return training.kl_and_gradient(logits, teacher)
+        return getattr(training, twin.__name__)(first, *args)
+
+    return cast("_Twin", run)
+
+
+@_or_kernel
+def kl_and_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of each row, float32 [n], of logits [n, V], and the gradient of their mean: a chunk of rows at a time."""
     n, v = logits.shape
     gradient = torch.empty_like(logits)
     kl = torch.empty(n, dtype=torch.float32, device=logits.device)
@@ -52,7 +67,7 @@ class _KlToTeacher(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
         v = logits.shape[-1]
-        kl, gradient = _kl_and_gradient(logits.reshape(-1, v), teacher.reshape(-1, v))
+        kl, gradient = kl_and_gradient(logits.reshape(-1, v), teacher.reshape(-1, v))
         ctx.gradient = gradient.view_as(logits)
         return kl.mean(dtype=torch.float64).float()
 
@@ -68,25 +83,24 @@ def kl_to_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
     return value
 
 
-def _dense(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] of codes round(u), clamped to low .. high, and scales. See `LearnedWeight` for shapes."""
-    if u.is_cuda:
-        from compress.kernels import training
+def _grouped(u: Tensor, scale: Tensor) -> tuple[int, ...]:
+    """Shape [N', G, E] of u [N, K] by the groups of scale [N', G]."""
+    return (*scale.shape, u.numel() // scale.numel())
 
-        return training.dense_weight(u, scale, low, high, dtype)
-    steps, _ = nearest_steps(u, low, high, shape)
+
+@_or_kernel
+def dense_weight(u: Tensor, scale: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] of codes round(u), clamped to low .. high, and scales. See `LearnedWeight` for shapes."""
+    steps, _ = nearest_steps(u, low, high, _grouped(u, scale))
     return steps.mul_(scale.unsqueeze(-1)).view(u.shape).to(dtype)
 
 
-def _gradients(
-    dense: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...], with_u: bool
+@_or_kernel
+def weight_gradients(
+    dense: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, with_u: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Those of scale, and of u where asked for, from that of `_dense`'s weight."""
-    if u.is_cuda:
-        from compress.kernels import training
-
-        return training.weight_gradients(dense, u, scale, low, high, with_u)
-    steps, rounded = nearest_steps(u, low, high, shape)
+    """Those of scale, and of u where asked for, from that of `dense_weight`'s result."""
+    steps, rounded = nearest_steps(u, low, high, _grouped(u, scale))
     dense = dense.view(steps.shape).float()
     grad_scale = (dense * steps).sum(-1)
     if not with_u:
@@ -96,24 +110,21 @@ def _gradients(
 
 
 class _RoundedProduct(torch.autograd.Function):
-    """x [..., K] times the weight of `_dense`, which is made anew in the backward pass, not kept."""
+    """x [..., K] times `dense_weight`, which is made anew in the backward pass, not kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor, shape: tuple[int, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, u: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         ctx.save_for_backward(x, u, scale, low, high)
-        ctx.shape = shape
-        return F.linear(x, _dense(u, scale, low, high, shape, x.dtype))
+        return F.linear(x, dense_weight(u, scale, low, high, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         x, u, scale, low, high = ctx.saved_tensors
         grad = grads[0]
-        dx = grad @ _dense(u, scale, low, high, ctx.shape, grad.dtype)
+        dx = grad @ dense_weight(u, scale, low, high, grad.dtype)
         dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        grad_scale, grad_u = _gradients(dense, u, scale, low, high, ctx.shape, ctx.needs_input_grad[1])
-        return dx, grad_u, grad_scale, None, None, None
+        grad_scale, grad_u = weight_gradients(dense, u, scale, low, high, ctx.needs_input_grad[1])
+        return dx, grad_u, grad_scale, None, None
 
 
 class TunedLinear(nn.Module):
@@ -128,5 +139,5 @@ class TunedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         w = self.learned
-        y: Tensor = _RoundedProduct.apply(x, w.u, w.scale(), w.low, w.high, w.shape)
+        y: Tensor = _RoundedProduct.apply(x, w.u, w.scale(), w.low, w.high)
         return y if self.bias is None else y + self.bias.to(y.dtype)
