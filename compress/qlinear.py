@@ -32,8 +32,8 @@ from compress.kernels.choose import (
     CPU_INT4_MAX_TOKENS,
     Backend,
     backend_problem,
-    capability,
     choose_backend,
+    hopper_kernels,
     int4_group,
     triton_max_tokens,
 )
@@ -205,7 +205,7 @@ class QuantLinear(nn.Module):
             return Backend.DEQUANT
         shape = (self.out_features, self.in_features)
         device = self.codes.device
-        return choose_backend(device.type, dtype or self.dtype, self.scheme, shape, m, capability(device))
+        return choose_backend(device.type, dtype or self.dtype, self.scheme, shape, m, hopper_kernels(device))
 
     def describe(self) -> str:
         """One line for reports: scheme, shape, bytes held, path at few and at many rows."""

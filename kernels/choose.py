@@ -14,6 +14,7 @@ NOTES.md has the measurements behind the limits for 4 bits; that of the other wi
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from functools import cache
 
@@ -22,10 +23,14 @@ import torch
 from compress.kernels import cpu_int4
 from compress.quant import Granularity, QuantScheme
 
+log = logging.getLogger(__name__)
+
 CPU_INT4_MAX_TOKENS = 64
 TRITON_MAX_TOKENS = 512
 # 8, 3 and 2 bits; not yet measured
 WNA16_MAX_TOKENS = 256
+# Gluon is an experimental language, whose names change from one Triton to the next.
+GLUON_TRITON = "3.6"
 NO_LIMIT = 1 << 30
 
 
@@ -46,10 +51,30 @@ class Backend(Enum):
     W8A8 = "w8a8"
 
 
+def hopper_problem(capability: tuple[int, int], triton_version: str) -> str | None:
+    """Why the Hopper kernels cannot run with a compute capability and a Triton; None where they can."""
+    if capability[0] != 9:
+        return f"compute capability {capability[0]}.{capability[1]} is not 9.0"
+    if triton_version != GLUON_TRITON:
+        return f"Triton {triton_version} is not {GLUON_TRITON}, in whose Gluon they are written"
+    return None
+
+
 @cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; (0, 0) of anything else."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+def hopper_kernels(device: torch.device) -> bool:
+    """Whether the Hopper kernels run on a device. Once, a warning where nothing but another Triton is missing."""
+    if device.type != "cuda":
+        return False
+    from compress.kernels.dispatch import triton_version
+
+    capability = torch.cuda.get_device_capability(device)
+    problem = hopper_problem(capability, triton_version())
+    if problem is not None and capability[0] == 9:
+        log.warning(
+            "the kernels for Hopper cannot run (%s); the portable ones, which are slower, compute instead: install a "
+            "torch that brings Triton %s", problem, GLUON_TRITON,
+        )  # fmt: skip
+    return problem is None
 
 
 def hopper_takes(n: int, k: int, group_size: int) -> bool:
@@ -98,16 +123,16 @@ def choose_backend(
     scheme: QuantScheme,
     shape: tuple[int, int],
     m: int,
-    gpu_capability: tuple[int, int] = (8, 0),
+    hopper: bool = False,
 ) -> Backend:
     """What AUTO runs for x [m, K] of `dtype` and a weight of `shape` [N, K]; never AUTO or REFERENCE.
 
-    gpu_capability: of the device, where device_type is "cuda".
+    hopper: of the device, as `hopper_kernels` has it.
     """
     if device_type == "cuda":
         group_size = scheme.group_size if scheme.granularity is Granularity.GROUP else shape[1]
-        hopper = gpu_capability[0] == 9 and hopper_takes(*shape, group_size)
-        fused, limit = Backend.TRITON, triton_max_tokens(scheme.bits, hopper)
+        fused = Backend.TRITON
+        limit = triton_max_tokens(scheme.bits, hopper and hopper_takes(*shape, group_size))
     elif device_type == "cpu" and dtype is torch.bfloat16:
         fused, limit = Backend.CPU_INT4, CPU_INT4_MAX_TOKENS
     else:

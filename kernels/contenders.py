@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.kernels import cpu_int4, planar, timing
-from compress.kernels.choose import Backend, capability, choose_backend
+from compress.kernels.choose import Backend, choose_backend, hopper_kernels
 from compress.kernels.problem import Problem
 from compress.quant import QuantScheme
 
@@ -55,7 +55,7 @@ def zero_of(p: Problem) -> Tensor | None:
 def auto_path(x: Tensor, n: int, group_size: int) -> Backend:
     """What QuantLinear with backend=auto takes for x [M, K] on its GPU; in the interpreter, as on one before Hopper."""
     scheme = QuantScheme(bits=4, group_size=group_size)
-    return choose_backend("cuda", x.dtype, scheme, (n, x.shape[1]), x.shape[0], capability(x.device))
+    return choose_backend("cuda", x.dtype, scheme, (n, x.shape[1]), x.shape[0], hopper_kernels(x.device))
 
 
 def auto_linear(x: Tensor, weight: Any) -> Tensor:

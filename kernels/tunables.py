@@ -198,7 +198,6 @@ W8A8 = replace(
 TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, W8A8)}
 
 
-def usable(device_capability: tuple[int, int], scheme: Scheme = W4G128) -> list[str]:
-    """Names of the kernels that are chosen from for a scheme on a GPU of this capability."""
-    on_hopper = device_capability[0] == 9
-    return [name for name, t in TUNABLES.items() if t.computes(scheme) and t.hopper in (None, on_hopper)]
+def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:
+    """Names of the kernels that are chosen from for a scheme; hopper: on a GPU where the Hopper kernels run."""
+    return [name for name, t in TUNABLES.items() if t.computes(scheme) and t.hopper in (None, hopper)]

@@ -43,7 +43,7 @@ from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import dispatch, table_file, timing
 from compress.kernels.bench import describe_machine, imports_left_out_of_collection, one_line
 from compress.kernels.bench_report import roofline_us
-from compress.kernels.choose import capability
+from compress.kernels.choose import hopper_kernels
 from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Choice, Entry, Key
 from compress.kernels.problem import Problem, Scheme
@@ -197,7 +197,7 @@ def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) ->
     with torch.cuda.device(device):
         p = Problem(key.n, key.k, "cuda", group, symmetric, bits)
         x = p.x(key.m)
-        names = usable(capability(device), Scheme(bits, group, symmetric, int8))
+        names = usable(hopper_kernels(device), Scheme(bits, group, symmetric, int8))
         weights = Weights(p, dtype, [TUNABLES[name] for name in names])
         best = tune_cell(weights, x.to(dtype), p.reference(x), budget_s)[:1]
     if not best or best[0]["us"] is None:
@@ -338,7 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def kernels_for(scheme: Scheme, named: list[str]) -> list[Tunable]:
     """Those that were named and compute the scheme; without names those that this GPU chooses from."""
-    names = named or usable(torch.cuda.get_device_capability(), scheme)
+    names = named or usable(hopper_kernels(torch.device("cuda", torch.cuda.current_device())), scheme)
     return [TUNABLES[name] for name in names if TUNABLES[name].computes(scheme)]
 
 

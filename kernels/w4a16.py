@@ -46,7 +46,7 @@ from torch import Tensor
 
 from compress.errors import ConfigError
 from compress.kernels import common, dispatch
-from compress.kernels.choose import capability, hopper_takes
+from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.common import field_to_float, load_column, tile_of_program
 
 TILE_K = tl.constexpr(128)
@@ -240,7 +240,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None = None, config: 
 def configuration(x: Tensor, weight: KernelWeight) -> Any:
     """The measured choice for this GPU and shape, or the rule of the kernel that takes it."""
     m, n, k = x.shape[0], weight.n, weight.k
-    hopper = capability(x.device)[0] == 9
+    hopper = hopper_kernels(x.device)
     aligned = not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)  # bulk copies take whole 16 bytes
     if not x.is_cuda or (hopper and not (aligned and hopper_takes(n, k, weight.group_size))):
         return choose_config(m, n, k, common.n_sms(x.device))

@@ -39,7 +39,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compress.kernels.choose import capability, hopper_takes
+from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.decode_reference import Around, Stream
 from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
 from compress.kernels.w4a16 import KernelWeight, configuration
@@ -331,7 +331,7 @@ def between_others(config: DecodeConfig) -> DecodeConfig:
 
 def takes(weight: KernelWeight) -> bool:
     """Whether `linear_around` takes a weight on this machine."""
-    if not weight.words.is_cuda or capability(weight.words.device)[0] != 9:
+    if not hopper_kernels(weight.words.device):
         return False
     return weight.k % 128 == 0 and weight.n % 16 == 0 and hopper_takes(weight.n, weight.k, weight.group_size)
 

@@ -24,27 +24,30 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take `gpu` tests out of the run where there is no such CUDA device."""
-    major = _capability_major()
+    """Take `gpu` tests out of the run where there is no such CUDA device, and gpu("hopper") where its own kernels do
+    not run."""
 
     def runs(item: pytest.Item) -> bool:
         mark = item.get_closest_marker("gpu")
-        return mark is None or (major is not None and major in (mark.args or (major,)))
+        return mark is None or (torch.cuda.is_available() and (not mark.args or _runs_hopper_kernels()))
 
     if left_out := [item for item in items if not runs(item)]:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if runs(item)]
 
 
-def _capability_major() -> int | None:
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+def _runs_hopper_kernels() -> bool:
+    from compress.kernels.choose import hopper_kernels
+
+    return hopper_kernels(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out: with pytest-xdist nothing else does."""
-    major = _capability_major()
-    left_out = "" if major is None else f" for another major than {major}"
-    terminalreporter.write_line(f"tests marked gpu{left_out} did not run")
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("tests marked gpu did not run")
+    elif not _runs_hopper_kernels():
+        terminalreporter.write_line("tests marked gpu of the Hopper kernels did not run")
 
 
 def _is_local(host: object) -> bool:

@@ -232,7 +232,7 @@ def test_attention_in_a_graph_follows_its_positions() -> None:
         assert relative_error(out, expected) < BOUND[torch.float16], lengths
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("hopper")
 @DTYPES
 def test_products_with_what_is_around_them_on_a_gpu(dtype: torch.dtype) -> None:
     """Oracle: `decode_reference.linear_around` in float64; each kind, with bias, zeros, and M up to 8."""

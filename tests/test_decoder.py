@@ -21,6 +21,7 @@ from compress.decode_weights import Dense, Packed, read_model
 from compress.decoder import Decoder
 from compress.errors import ConfigError, UnsupportedModel
 from compress.kernels import pdl
+from compress.kernels.choose import hopper_kernels
 from compress.kernels.reference import relative_error
 from compress.qlinear import Backend, QuantLinear
 from compress.quant import QuantScheme, choose_qparams, quantize
@@ -306,7 +307,7 @@ def test_captured_fused_steps_equal_transformers(use_pdl: bool) -> None:
     quantize_linears(model, Backend.AUTO, torch.float16, {})
     for batch in (1, 5, 8):
         decoder = Decoder(read_model(model), batch, 64, pdl=use_pdl)
-        assert decoder.fused == (torch.cuda.get_device_capability()[0] == 9)
+        assert decoder.fused == hopper_kernels(torch.device("cuda", torch.cuda.current_device()))
         decoder.capture()
         for _ in range(2):
             check_steps(model, decoder, 1e-2)

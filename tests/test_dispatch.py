@@ -399,7 +399,7 @@ def test_every_candidate_computes_the_product(monkeypatch: pytest.MonkeyPatch, l
     p = scheme.problem(64, 512, device)
     x = p.x(9)
     monkeypatch.setattr(timing, "rotating_copies", lambda weight: [weight])
-    (name,) = tunables.usable((8, 0), scheme)
+    (name,) = tunables.usable(False, scheme)
     weights = tune.Weights(p, torch.float16, [tunables.TUNABLES[name]])
     pairs = weights.candidates(9)
     for tunable, config in (pairs[0], pairs[-2], pairs[-1]):
@@ -605,7 +605,7 @@ def searchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[w4a16.Config]]:
     """A cuda:0 that is none, and the kernel of `without_gpu`. Returns the list of what was launched."""
     us = {1: 5.0, 2: 3.0, 4: 4.0, 8: 1.0}
     graphs = without_gpu(monkeypatch, us, us)
-    monkeypatch.setattr(tune, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(tune, "hopper_kernels", lambda device: False)
     monkeypatch.setattr(tune, "Problem", lambda n, k, device, *rest: Problem(n, k, "cpu", *rest))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 8GB")

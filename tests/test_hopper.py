@@ -25,7 +25,7 @@ if not HAS_GPU:
 
 from test_kernels import BOUND, problem  # noqa: E402
 
-from compress.kernels import common, tile_parts, tunables, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
+from compress.kernels import choose, common, dispatch, tile_parts, tunables, w4a16, w4a16_decode, w4a16_tiled  # noqa: E402
 from compress.kernels.choose import hopper_takes  # noqa: E402
 from compress.kernels.dispatch import Choice  # noqa: E402
 from compress.kernels.problem import Scheme  # noqa: E402
@@ -116,15 +116,32 @@ def test_shapes_that_hopper_takes(n: int, k: int, group: int, expected: bool) ->
     assert hopper_takes(n, k, group) is expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((8, 0), ["w4a16"]), ((8, 9), ["w4a16"]), ((10, 0), ["w4a16"]), ((9, 0), ["w4a16_decode", "w4a16_tiled"])],
-)
-def test_kernels_to_tune(capability: tuple[int, int], expected: list[str]) -> None:
-    """Oracle: wgmma exists on compute capability 9 and no other; other widths have one kernel for every GPU."""
-    assert tunables.usable(capability) == expected
+@pytest.mark.parametrize(("hopper", "expected"), [(False, ["w4a16"]), (True, ["w4a16_decode", "w4a16_tiled"])])
+def test_kernels_to_tune(hopper: bool, expected: list[str]) -> None:
+    """Oracle: by hand; widths but 4 bits have one kernel for every GPU."""
+    assert tunables.usable(hopper) == expected
     for label, kernel in (("w8g128", "wna16"), ("w3-channel", "wna16"), ("w2g64-asym", "wna16"), ("w8a8", "w8a8")):
-        assert tunables.usable(capability, Scheme.parse(label)) == [kernel]
+        assert tunables.usable(hopper, Scheme.parse(label)) == [kernel]
+
+
+def test_hopper_kernels_want_hopper_and_their_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: wgmma exists on compute capability 9 and no other; Gluon's names are those of one Triton. Nothing is
+    said of other GPUs, and of another Triton on a Hopper one once."""
+    assert choose.hopper_problem((9, 0), "3.6") is None
+    assert all(choose.hopper_problem((major, 0), "3.6") for major in (7, 8, 10))
+    assert "3.9 is not 3.6" in str(choose.hopper_problem((9, 0), "3.9"))
+    gpus = [((9, 0), "3.6", True, 0), ((8, 0), "3.6", False, 0), ((10, 0), "3.9", False, 0), ((9, 0), "3.9", False, 1)]
+    for number, (capability, version, runs, said) in enumerate(gpus, 70):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(dispatch, "triton_version", lambda found=version: found)
+        caplog.clear()
+        for _ in range(2):
+            assert choose.hopper_kernels(torch.device("cuda", number)) is runs
+        assert len(caplog.records) == said
+    assert "Triton 3.6" in caplog.text and "portable" in caplog.text
+    assert not choose.hopper_kernels(torch.device("cpu"))
 
 
 # -- the choice -------------------------------------------------------------------------------------------
@@ -136,11 +153,11 @@ NAMES = {DECODE: "w4a16_decode", TILED: "w4a16_tiled", PORTABLE: "w4a16"}
 
 
 class Gpu:
-    """A GPU of some capability whose table holds one configuration, or None, for every key."""
+    """A GPU, one of Hopper's or another, whose table holds one configuration, or None, for every key."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capability, self.answer, self.asked = (9, 0), None, 0
-        monkeypatch.setattr(w4a16, "capability", lambda device: self.capability)
+        self.hopper, self.answer, self.asked = True, None, 0
+        monkeypatch.setattr(w4a16, "hopper_kernels", lambda device: self.hopper)
         monkeypatch.setattr(common, "n_sms", lambda device: 132)
         monkeypatch.setattr(common, "shared_bytes", lambda device: H100_SHARED)
         monkeypatch.setattr(w4a16.dispatch, "choose", self._choose)
@@ -215,10 +232,9 @@ def test_what_bulk_copies_cannot_read_goes_to_the_portable_kernel(gpu: Gpu, m: i
     assert gpu.configuration(m) == TILED
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
-def test_other_gpus_run_the_portable_kernel_by_their_own_tables(gpu: Gpu, capability: tuple[int, int]) -> None:
+def test_other_gpus_run_the_portable_kernel_by_their_own_tables(gpu: Gpu) -> None:
     """Oracle: the table's configuration, the portable rule where it holds none; any shape will do."""
-    gpu.capability = capability
+    gpu.hopper = False
     for m, n, k in ((1, 4096, 4096), (300, 4100, 1004)):
         for answer, expected in ((PORTABLE, PORTABLE), (None, rule(w4a16, m, n, k)), (DECODE, rule(w4a16, m, n, k))):
             gpu.answer = answer
@@ -355,7 +371,7 @@ def case_name(case: tuple[Any, ...]) -> str:
     return f"{kind}-{tiles}-{dtype}-g{group or 'row'}-{'sym' if symmetric else 'asym'}{'-bias' if bias else ''}"
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_kernels_equal_the_twin_at_ragged_shapes(monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]) -> None:
     """Oracles: `reference.w4a16_linear` in float64, and the same bits three times. Tiles that N and M do not fill, K of
@@ -373,7 +389,7 @@ def test_kernels_equal_the_twin_at_ragged_shapes(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(ys[0], ys[1]) and torch.equal(ys[0], ys[2]), (m, n, k)
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 @pytest.mark.parametrize("producer", [False, True])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_rows_of_very_different_scales_are_each_exact(dtype: str, producer: bool) -> None:
@@ -388,7 +404,7 @@ def test_rows_of_very_different_scales_are_each_exact(dtype: str, producer: bool
     assert worst < 3 * BOUND[DTYPES[dtype]]  # of 20 values: some rows are less lucky than all together
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 def test_a_misaligned_x_is_computed_all_the_same() -> None:
     """Oracle: float64 twin; x begins 2 bytes behind an aligned address."""
     x, codes, scale, zero, bias = problem(264, 640, 128, False, m=7)
@@ -424,7 +440,7 @@ def capture(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 @pytest.mark.parametrize("m", [1, 30])
 def test_a_graph_replays_with_new_x(square: tuple[w4a16.KernelWeight, torch.Tensor], m: int) -> None:
     """Oracle: the eager operator bit for bit, which agrees with float64."""
@@ -446,7 +462,7 @@ def memset_ones(t: torch.Tensor) -> None:
     assert ctypes.CDLL("libcuda.so.1").cuMemsetD16Async(pointer, ctypes.c_ushort(0x3C00), count, stream) == 0
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 @pytest.mark.parametrize(("config", "m"), [(DECODE_2048, 8), (TILED_2048, 4096)], ids=["decode", "tiled"])
 def test_kernels_wait_for_copies_and_memsets(
     square: tuple[w4a16.KernelWeight, torch.Tensor], config: Any, m: int
@@ -473,7 +489,7 @@ def test_kernels_wait_for_copies_and_memsets(
         assert all(relative_error(y, e) < 5e-4 for y, e in zip(ys, expected, strict=True))
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 def test_torch_compile_takes_the_operator_whole(square: tuple[w4a16.KernelWeight, torch.Tensor]) -> None:
     """Oracle: the eager function, bit for bit: compiled kernels before, between and after."""
     weight, _ = square
@@ -496,7 +512,7 @@ def chain(x: torch.Tensor, weight: w4a16.KernelWeight, configs: list[Any], kept:
     return x
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 @pytest.mark.parametrize(
     "configs", [[DECODE_2048], [TILED_2048], [DECODE_2048, TILED_2048]], ids=["decode", "tiled split", "in turns"]
 )
@@ -522,7 +538,7 @@ def test_each_of_200_products_reads_the_whole_one_before(
         assert all(torch.equal(y, e) for y, e in zip(kept, eager, strict=True)) and torch.equal(last, eager[-1])
 
 
-@pytest.mark.gpu(9)
+@pytest.mark.gpu("hopper")
 def test_two_streams_at_once(square: tuple[w4a16.KernelWeight, torch.Tensor]) -> None:
     """Oracle: the same chains one after the other on one stream, bit for bit."""
     weight, _ = square
