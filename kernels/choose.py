@@ -69,7 +69,7 @@ def hopper_kernels(device: torch.device) -> bool:
 
     capability = torch.cuda.get_device_capability(device)
     problem = hopper_problem(capability, triton_version())
-    if problem is not None and capability[0] == 9:
+    if problem is not None and capability[0] == 9 and not torch.compiler.is_compiling():  # which cannot log
         log.warning(
             "the kernels for Hopper cannot run (%s); the portable ones, which are slower, compute instead: install a "
             "torch that brings Triton %s", problem, GLUON_TRITON,

@@ -5,12 +5,13 @@ tokens. Where the stages were, it lays its sums out by owner; it adds those that
 programs: the same bits every run.
 
     cluster of 4      K: | program 0 | program 1 | program 2 | program 3 |   each a [BLOCK_N, BLOCK_M] sum in registers
-      shared memory of 1: stages, then [4 owners, tokens, ROW] own sums | [3 others, tokens, ROW] mail | mbarrier that
-                         one bulk copy from each program to each other                                  counts bytes
+      shared memory of 1: | stages, later [4 owners, tokens, ROW] own sums | [3 others, tokens, ROW] mail | mbarrier |
+                         one bulk copy from each program to each other, whose bytes the mbarrier counts
                  tokens: | program 0 | program 1 | program 2 | program 3 |   each adds 4 sums of a quarter
 
 Mail lies behind the stages, so that who is done may send to who still multiplies; all that a cluster waits for before
-is that its programs run. Mail of two programs, half of a tile, is too large for that and lies in the stages.
+is that its programs run. Mail of two programs, half of a tile, is too large for that: it lies in the stages, behind a
+program's own sums, and may be sent when both are done with them.
 
 Gluon of Triton 3.6 has no name for the shared memory of another program, nor for the address of its own: offsets count
 from the begin of what Triton allocates (`global_smem`), in PTX. A kernel that comes here allocates its stages and
@@ -42,6 +43,7 @@ def mail_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def _mail_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-untyped-def]
+    """Behind the stages, or within them behind a program's own sums."""
     return stage_bytes if split > 2 else split * _share_bytes(block_m, block_n, split)
 
 
@@ -77,7 +79,7 @@ def _wait():  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_mail(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Done first by the warps that will `add_up`."""
+    """Before all else, by the warps that will `add_up`: a mailbox behind the stages opens as soon as a program runs."""
     if SPLIT > 2:
         _open_mailbox(
             _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES), (SPLIT - 1) * _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
@@ -87,14 +89,14 @@ def open_mail(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
 
 @gluon.jit
 def attend_opening(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
-    """What all other warps of a program do first: the cluster's barriers count every one."""
+    """`open_mail`'s part for all other warps of a program: the cluster's barriers count every warp."""
     if SPLIT > 2:
         _arrive()
 
 
 @gluon.jit
 def attend_sums(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
-    """And last."""
+    """`add_up`'s and `depart`'s part for them. A mailbox in the stages opens only there."""
     if SPLIT == 2:
         _arrive()
     _wait()

@@ -35,7 +35,7 @@ from compress.kernels.dispatch import Choice, Entry, Key, Table, m_bucket
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # counts up when a field of a configuration changes its meaning but not its name
 SHIPPED = Path(__file__).parent / "tables"
 
 

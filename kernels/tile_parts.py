@@ -378,6 +378,7 @@ def store_tile(out_desc, acc, bias_ptr, x_smem, n0, m0, N, HAS_BIAS: gl.constexp
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
         acc += gl.expand_dims(bias, 1)
+    gl.static_assert(x_smem.shape[0] * 64 >= BLOCK_N, "the stages of x do not hold y")
     y_smem = x_smem._reinterpret(out_desc.dtype, [BLOCK_M, BLOCK_N], out_desc.layout)
     gl.thread_barrier()  # other warps may still be multiplying
     y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))

@@ -93,7 +93,7 @@ def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
     for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4, 6)):
         if block_n * block_m * stages > (2048 if m <= 8 else 1536):
             continue
-        for words in (1, 2, 4):  # at most 4 programs' a multiprocessor, as all of them may be wanted at once
+        for words in (1, 2, 4):  # 64 KB a program, so that those of the next kernel find room beside this one's
             if words == 1 or stages * words * warps * block_n * 64 <= 2**16:
                 yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages, words)
 
@@ -128,11 +128,11 @@ def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
 
 
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
-    """split_k and cluster are compiled in (they decide how sums leave), but run wherever the plain tile does."""
+    """split_k and cluster are compiled in: they decide how sums leave."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
     shared = [(1, 1), *((s, c) for s in splits for c in (1, 2, 4, 8) if c <= s)]
     found = [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
-    return list(dict.fromkeys(c for c in found if c.ctas == c.cluster))
+    return [c for c in found if c.ctas == c.cluster]
 
 
 def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:
@@ -143,6 +143,7 @@ def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfi
 TILED = replace(
     DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
     default=_tiled_default, k_multiple=8,
+    fits=lambda weight, config: config.memory_bytes + w4a16_tiled.BARRIER_BYTES <= shared_bytes(weight.words.device),
 )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ _FINAL_MS, _FINAL_REPLAYS = 2.0, 11
 def candidates(tunable: Tunable, m: int, n: int, k: int, weight: Any) -> list[Any]:
     """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
     default = tunable.default(m, weight)
-    every = [full for c in tunable.grid(m) if tunable.fits(weight, c) for full in tunable.expand(m, n, k, c)]
+    every = [full for c in tunable.grid(m) for full in tunable.expand(m, n, k, c) if tunable.fits(weight, full)]
     if default is None:
         return every
     changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))
@@ -237,7 +237,9 @@ def _compile(task: Task) -> None:
     for n, depth in ((512, k), (wide, k if scheme.group is None else min(k, 1024))):
         p = scheme.problem(n, depth, "cuda")
         weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-        for full in tunable.expand(m, n, k, config) if tunable.fits(weight, config) else ():
+        for full in tunable.expand(m, n, k, config):
+            if not tunable.fits(weight, full):
+                continue
             try:
                 tunable.launch(x, weight, full)
                 torch.cuda.synchronize()

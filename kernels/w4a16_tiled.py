@@ -67,6 +67,8 @@ from compress.kernels.tile_parts import (
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 
+BARRIER_BYTES = 256  # of a program at most, with what Triton hands its partitions
+
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
@@ -136,7 +138,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
-    used = config.memory_bytes + 64
+    used = config.memory_bytes + BARRIER_BYTES
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
@@ -155,9 +157,12 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
-    places = n_sms * min(shared_bytes // config.stage_bytes, producers_by_registers(config))
-    together = split if split == 2 or rest * split <= 0.8 * places else 1
-    return replace(config, split_k=split, cluster=together)
+    config = replace(config, split_k=split, cluster=split)
+    # with barriers, and what the machine keeps of each program's share; it has a kilobyte more than it lets one have
+    places = n_sms * min(
+        (shared_bytes + 1024) // (config.memory_bytes + BARRIER_BYTES + 1024), producers_by_registers(config)
+    )
+    return config if split == 2 or rest * split <= 0.8 * places else replace(config, cluster=1)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
@@ -168,7 +173,7 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
     if split == 1:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
-    at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
+    at_once = slots(replace(config, split_k=1), n_sms(x.device), shared_bytes(x.device))
     whole = programs // at_once * at_once
     if whole:
         _launch_tiles(x, weight, bias, y, replace(config, split_k=1), 0, whole, pdl, before_tail=whole < programs)

@@ -218,14 +218,14 @@ def test_own_entries_come_before_shipped_ones(monkeypatch: pytest.MonkeyPatch, t
 
 GOOD_ITEM = {"dtype": "float16", "scheme": "w4g128 sym", "n": 4096, "k": 4096, "m": 16, "kernel": "w4a16",
              "config": CONFIG, "us": 1.0}  # fmt: skip
-GOOD = {"format": 1, "gpu": "H100", "triton": "9.9", "about": {}, "entries": [GOOD_ITEM],
+GOOD = {"format": table_file.FORMAT, "gpu": "H100", "triton": "9.9", "about": {}, "entries": [GOOD_ITEM],
         "kernels": {"w4a16": {"n_multiple": 1, "k_multiple": 1}}}  # fmt: skip
 DAMAGE = {
     "truncated": json.dumps(GOOD)[:-20],
     "not UTF-8": b"\xff\xfe\x00",
     "a list": "[]",
     "a number": "7",
-    "another format": json.dumps(GOOD | {"format": 2}),
+    "an older format": json.dumps(GOOD | {"format": 1}),  # whose clusters are true and false
     "another GPU": json.dumps(GOOD | {"gpu": "A100"}),
     "no entries": json.dumps({k: v for k, v in GOOD.items() if k != "entries"}),
     "an entry without config": json.dumps(GOOD | {"entries": [{k: v for k, v in GOOD_ITEM.items() if k != "config"}]}),

@@ -71,10 +71,27 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
             assert left == 0 or left * 2 > at_once or -(-k // 128) < 8
 
 
+@pytest.mark.parametrize(
+    ("config", "ctas", "expected"),
+    [
+        (TiledConfig(64, 64, 4, 4, 3), 1, 3 * 20),  # KiB: words 64 x 64 bytes and x 64 x 256 a stage
+        (TiledConfig(64, 64, 4, 4, 3, 4), 4, 3 * 20 + 13),  # and mail 3 x 16 tokens x (64 + 4) sums: 12.75
+        (TiledConfig(16, 128, 8, 4, 3, 8), 8, 3 * 12 + 8),  # 7 x 2 x (128 + 4) sums and 8 bytes: 7.2
+        (TiledConfig(256, 128, 2, 8, 3, 2), 2, 3 * 72),
+        (TiledConfig(256, 128, 2, 8, 2, 2), 1, 2 * 72),  # 3 x 128 x 132 sums are more than two stages
+        (TiledConfig(64, 64, 1, 4, 3, 4), 1, 3 * 20),  # nothing is split
+    ],
+    ids=str,
+)
+def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> None:
+    """Oracle: stages, and mail rounded up to a KiB, by hand."""
+    assert (config.ctas, config.memory_bytes) == (ctas, expected * 1024)
+
+
 def test_tiled_rule_at_known_shapes() -> None:
     """Oracle: waves and places counted by hand for 132 multiprocessors of 227 KiB. 4096 x 4096 at M = 32: 64 tiles make
-    256 programs when split in four; registers and shared memory (48 KiB) have room for 528, so they may be clusters. At
-    M = 64 60 KiB leave room for 396. At M = 256 64 tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two
+    256 programs when split in four; registers and shared memory (55 KiB) have room for 528, so they may be clusters. At
+    M = 64 73 KiB leave room for 396. At M = 256 64 tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two
     whole waves of 132. 28672 x 4096 at M = 64: 224 tiles leave 40 of 264 places idle, which no split fills."""
 
     def rule(m: int, n: int) -> TiledConfig:
@@ -95,6 +112,8 @@ def test_tiled_rule_at_known_shapes() -> None:
         (TiledConfig(128, 128, 1, 4, 3), H100_SHARED, 132),  # 120 KiB: once
         (TiledConfig(16, 128, 1, 8, 2), H100_SHARED, 132),  # 8 warps: once, however little memory
         (TiledConfig(256, 128, 1, 8, 3), 1024, 132),  # never none
+        (TiledConfig(64, 128, 4, 4, 4, 2), H100_SHARED, 264),  # 96 KiB: mail of two lies in there
+        (TiledConfig(64, 128, 4, 4, 4, 4), H100_SHARED, 132),  # 96 KiB and mail of 3 x 16 tokens x 132 x 4 bytes: once
     ],
     ids=lambda v: "" if isinstance(v, int) else f"{v.block_m}x{v.block_n}x{v.warps}",
 )
@@ -124,6 +143,7 @@ def test_kernels_to_tune(hopper: bool, expected: list[str]) -> None:
         assert tunables.usable(hopper, Scheme.parse(label)) == [kernel]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 def test_hopper_kernels_want_hopper_and_their_triton(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +162,9 @@ def test_hopper_kernels_want_hopper_and_their_triton(
         assert len(caplog.records) == said
     assert "Triton 3.6" in caplog.text and "portable" in caplog.text
     assert not choose.hopper_kernels(torch.device("cpu"))
+    # no graph break where layers ask while they are compiled, which cannot log
+    ask = torch.compile(lambda x: x + choose.hopper_kernels(torch.device("cuda", 73)), backend="eager", fullgraph=True)
+    assert ask(torch.zeros(1)).item() == 0
 
 
 # -- the choice -------------------------------------------------------------------------------------------
@@ -414,7 +437,7 @@ def test_a_misaligned_x_is_computed_all_the_same() -> None:
 
 
 SIDE = 2048
-# what the H100's table takes at 2048 x 2048, so that one compiled kernel serves the operator and explicit launches
+# what the H100's table takes at 2048 x 2048 for few tokens, and a cluster
 DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4, 4)
 
 

@@ -158,6 +158,11 @@ def test_only_rms_norms_are_replaced() -> None:
     """Oracle: modules that compute the formula and others that nearly do; their own outputs and gradients."""
     plain = torch.nn.RMSNorm(8, eps=1e-5)
     others = [torch.nn.LayerNorm(8), _OnePlus(), _Gated(8, eps=1e-5), torch.nn.Linear(8, 8)]
+    silent, small = torch.nn.RMSNorm(8, eps=1e-5), torch.nn.LayerNorm(8, bias=False)
+    torch.nn.init.zeros_(silent.weight)
+    torch.nn.init.constant_(small.weight, 5e-5)
+    unasked = [torch.nn.BatchNorm2d(8), torch.nn.InstanceNorm2d(8, affine=True), silent, small]
+    assert all(rms_epsilon(m) is None for m in (*unasked, torch.nn.RMSNorm(8, eps=1e-5, device="meta")))
     model = torch.nn.Sequential(plain, *others).to(DEVICE)
     torch.nn.init.uniform_(plain.weight, 0.5, 2)
     assert rms_epsilon(plain) == 1e-5 and all(rms_epsilon(m) is None for m in others)

@@ -78,7 +78,8 @@ class _KlToTeacher(torch.autograd.Function):
 
 
 def kl_to_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of KL(teacher || model) in nats, for logits [..., V] of any float dtype: a float32 scalar."""
+    """Mean over rows of KL(teacher || model) in nats, for logits [..., V] of any float dtype: a float32 scalar, whose
+    backward pass can be made once."""
     value: Tensor = _KlToTeacher.apply(logits, teacher)
     return value
 
