@@ -6,6 +6,7 @@ Which tile a program computes, how a tile's words and scales become the left ope
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -52,18 +53,27 @@ class TiledConfig:
     @property
     def stage_bytes(self) -> int:
         """Shared memory of all stages."""
-        return self.stages * int(bytes_of_stage(self.block_m, self.block_n))
-
-    @property
-    def memory_bytes(self) -> int:
-        """Shared memory of stages and mail."""
-        return int(_memory_units(self.block_m, self.block_n, self.stages, self.ctas)) * _UNIT
+        return _sizes(self)[0]
 
     @property
     def ctas(self) -> int:
         """Programs of a cluster."""
-        ctas = min(self.cluster, self.split_k)
-        return ctas if sums_fit(self.block_m, self.block_n, ctas, self.stage_bytes) else 1
+        return _sizes(self)[1]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Shared memory of stages and mail."""
+        return _sizes(self)[2]
+
+
+@cache
+def _sizes(config: TiledConfig) -> tuple[int, int, int]:
+    """stage_bytes, ctas and memory_bytes: kept, for a launch asks for them and what kernels share is slow to call."""
+    m, n = config.block_m, config.block_n
+    stages = config.stages * int(bytes_of_stage(m, n))
+    ctas = min(config.cluster, config.split_k)
+    ctas = ctas if sums_fit(m, n, ctas, stages) else 1
+    return stages, ctas, int(_memory_units(m, n, config.stages, ctas)) * _UNIT
 
 
 @gluon.constexpr_function

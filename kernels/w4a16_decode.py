@@ -45,6 +45,7 @@ from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, sc
 from compress.kernels.w4a16 import KernelWeight, configuration
 
 RULE_MAX_TOKENS = 8
+_WORDS_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ def _run(
     tiles = weight.words.shape[0]
     words_desc = TensorDescriptor(
         weight.words, [tiles, n // 2, 64], [32 * n, 64, 1], [config.warps, config.block_n // 2, 64],
-        gl.NVMMASharedLayout(128, 16, 3),
+        _WORDS_LAYOUT,
     )  # fmt: skip
     n_squares = 0 if around.squares is None else around.squares.shape[0]
     _decode_kernel[(-(-n // config.block_n),)](

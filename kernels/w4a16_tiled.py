@@ -33,6 +33,7 @@ Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -137,11 +138,13 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
-    """Programs of a configuration that run at once: one or two a multiprocessor, by shared memory and registers."""
-    used = config.memory_bytes + BARRIER_BYTES
+    """Programs that run at once, each of a whole tile, which needs no mail: one or two a multiprocessor, by shared
+    memory and registers."""
+    used = config.stage_bytes + BARRIER_BYTES
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
+@lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> TiledConfig:
     """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle, in
     clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by side.
@@ -173,13 +176,19 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledCo
     if split == 1:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
-    at_once = slots(replace(config, split_k=1), n_sms(x.device), shared_bytes(x.device))
+    at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
     whole = programs // at_once * at_once
     if whole:
         _launch_tiles(x, weight, bias, y, replace(config, split_k=1), 0, whole, pdl, before_tail=whole < programs)
     if whole < programs:
         _launch_tiles(x, weight, bias, y, config, whole, programs - whole, pdl, is_tail=whole > 0)
     return y
+
+
+@cache
+def _copy_layout(ctas: int) -> gl.NVMMASharedLayout:
+    """Of copies in swizzled rows of 128 bytes, by each program of a cluster for itself."""
+    return gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))
 
 
 def _launch_tiles(
@@ -193,7 +202,7 @@ def _launch_tiles(
         workspace = torch.empty(
             n_tiles * split // ctas * config.block_m * config.block_n, dtype=torch.float32, device=x.device
         )
-    wide = gl.NVMMASharedLayout(128, 16, 2, cga_layout=cluster_bases(ctas, 2))
+    wide = _copy_layout(ctas)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
