@@ -55,8 +55,9 @@ def _mbarrier_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-u
 
 def sums_fit(block_m: int, block_n: int, split: int, stage_bytes: int) -> bool:
     """Whether the stages have room for what a program of the cluster writes there."""
-    own = split * int(_share_bytes(block_m, block_n, split))
-    return (own if split > 2 else own + own // 2 + 8) <= stage_bytes
+    if split > 2:
+        return split * int(_share_bytes(block_m, block_n, split)) <= stage_bytes
+    return int(_mbarrier_offset(block_m, block_n, split, stage_bytes)) + 8 <= stage_bytes
 
 
 @gluon.constexpr_function

@@ -101,7 +101,7 @@ def stage_memory(words_desc, x_desc, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexp
     UNITS: gl.constexpr = _memory_units(BLOCK_M, BLOCK_N, STAGES, CTAS)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], _memory_layout(CTAS))
     words = memory.index(0)._reinterpret(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
-    x = memory.index(STAGES * BLOCK_N // 16)._reinterpret(x_desc.dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
+    x = memory.index(STAGES * BLOCK_N * 64 // 1024)._reinterpret(x_desc.dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
     return words, x
 
 

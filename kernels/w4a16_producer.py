@@ -110,7 +110,7 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
 
     words_smem, x_smem = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
     if CTAS > 1:
-        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
+        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * BYTES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
     for i in gl.static_range(STAGES):
