@@ -31,6 +31,7 @@ from compress.kernels.gluon_parts import (
     scaled_slice,
     slice_weights,
 )
+from compress.kernels.stage_barriers import announce, arrive_empty, ready_of, wait_ready
 
 GROUP_N = 8
 _UNIT = 1024  # bytes that parts of shared memory are multiples of, for swizzled copies
@@ -62,7 +63,7 @@ class TiledConfig:
 
     @property
     def memory_bytes(self) -> int:
-        """Shared memory of stages and mail."""
+        """Shared memory of stages, mail and mbarriers."""
         return _sizes(self)[2]
 
 
@@ -84,8 +85,14 @@ def bytes_of_stage(block_m, block_n):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def _memory_units(block_m, block_n, stages, ctas):  # type: ignore[no-untyped-def]
-    mail = -(-mail_bytes(block_m, block_n, ctas) // _UNIT)
-    return stages * bytes_of_stage(block_m, block_n) // _UNIT + mail
+    behind = mail_bytes(block_m, block_n, ctas) + 16 * stages
+    return stages * bytes_of_stage(block_m, block_n) // _UNIT + -(-behind // _UNIT)
+
+
+@gluon.constexpr_function
+def barrier_offset(block_m, block_n, stages, ctas):  # type: ignore[no-untyped-def]
+    """BASE of `stage_barriers`: they are the end of the last unit."""
+    return _memory_units(block_m, block_n, stages, ctas) * _UNIT - 16 * stages
 
 
 @gluon.constexpr_function
@@ -96,13 +103,14 @@ def _memory_layout(ctas):  # type: ignore[no-untyped-def]
 @gluon.jit
 def stage_memory(words_desc, x_desc, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
                  CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Words int16 [STAGES, BLOCK_N / 2, 64] and x [2 STAGES, BLOCK_M, 64] in shared memory, and what `cluster_sums`
-    needs behind them."""
+    """Words int16 [STAGES, BLOCK_N / 2, 64] and x [2 STAGES, BLOCK_M, 64] in shared memory, what `cluster_sums` needs
+    behind them, and mbarriers int64 [128, 1], the last 2 STAGES of which are those of the stages."""
     UNITS: gl.constexpr = _memory_units(BLOCK_M, BLOCK_N, STAGES, CTAS)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], _memory_layout(CTAS))
     words = memory.index(0)._reinterpret(gl.int16, [STAGES, BLOCK_N // 2, 64], words_desc.layout)
     x = memory.index(STAGES * BLOCK_N * 64 // 1024)._reinterpret(x_desc.dtype, [2 * STAGES, BLOCK_M, 64], x_desc.layout)
-    return words, x
+    barriers = memory.index(UNITS - 1)._reinterpret(gl.int64, [128, 1], _barrier_layout(CTAS))
+    return words, x, barriers
 
 
 @gluon.constexpr_function
@@ -111,7 +119,7 @@ def mma_layout(tokens, warps, ctas):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def barrier_layout(ctas):  # type: ignore[no-untyped-def]
+def _barrier_layout(ctas):  # type: ignore[no-untyped-def]
     return mbarrier.MBarrierLayout(cga_layout=cluster_bases(ctas, 1))
 
 
@@ -234,18 +242,21 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP: gl.constex
 
 
 @gluon.jit
-def copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, live,
-                WORDS: gl.constexpr, X: gl.constexpr, BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both."""
+def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, live, WORDS: gl.constexpr,
+               X: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+               STAGES: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both. FIRST: see `announce`."""
+    ready = ready_of(barriers, stage, STAGES)
     if WORDS:
-        mbarrier.expect(ready.index(stage), BYTES, pred=live)
+        BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
+        announce(stage, bytes_of_stage(BLOCK_M, BLOCK_N), live, FIRST, BASE)
         tma.async_copy_global_to_shared(
-            words_desc, [(t * N + n0) // 2, 0], ready.index(stage), words_smem.index(stage), pred=live
+            words_desc, [(t * N + n0) // 2, 0], ready, words_smem.index(stage), pred=live
         )
     if X:
         for h in gl.static_range(2):
             tma.async_copy_global_to_shared(
-                x_desc, [m0, t * 128 + h * 64], ready.index(stage), x_smem.index(2 * stage + h), pred=live
+                x_desc, [m0, t * 128 + h * 64], ready, x_smem.index(2 * stage + h), pred=live
             )
 
 
@@ -260,12 +271,12 @@ def next_stage(stage, phase, STAGES: gl.constexpr):  # type: ignore[no-untyped-d
 
 
 @gluon.jit
-def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
+def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
                    first, last, n0, m0, N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr,
                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-                   CTAS: gl.constexpr, BYTES: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+                   CTAS: gl.constexpr, COPIES: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
-    way. empty: where to arrive for another warp to copy what follows; None: copy it here.
+    way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty.
 
     A tile of K is two groups of MMAs, and while one runs, the operand of the other is dequantized. Nothing but acc
     outlives an iteration, for which ptxas would move registers: low and high are handed on to the wait alone.
@@ -274,6 +285,7 @@ def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, 
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PARTS: gl.constexpr = parts_of(GROUP)
     FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
     AHEAD: gl.constexpr = tiles_ahead(GROUP)
     acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
     low = gl.zeros((BLOCK_N, 64), DTYPE, A)
@@ -281,7 +293,7 @@ def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, 
     stage = 0
     phase = 0
     for t in range(first, last):
-        mbarrier.wait(ready.index(stage), phase)
+        wait_ready(stage, phase, BASE)
         words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
         # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
@@ -296,15 +308,15 @@ def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, 
         behind = stage - 1
         if behind < 0:
             behind = STAGES - 1
-        if empty is not None:
-            mbarrier.arrive(empty.index(behind), count=1, pred=t > first)
+        if not COPIES:
+            arrive_empty(behind, t > first, BASE, STAGES)
         high = half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        if empty is None:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
+        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
             gl.thread_barrier()
             ahead = t - 1 + STAGES
-            copy_stage(words_desc, x_desc, ready, words_smem, x_smem, ahead, n0, m0, N, behind,
-                       (t > first) & (ahead < last), True, True, BYTES)  # fmt: skip
+            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
+                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
         later = ()
         for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
             later = later + (columns[i],)

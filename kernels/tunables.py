@@ -143,7 +143,7 @@ def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfi
 TILED = replace(
     DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
     default=_tiled_default, k_multiple=8,
-    fits=lambda weight, config: config.memory_bytes + w4a16_tiled.BARRIER_BYTES <= shared_bytes(weight.words.device),
+    fits=lambda weight, config: config.memory_bytes + w4a16_tiled.HANDED_BYTES <= shared_bytes(weight.words.device),
 )  # fmt: skip
 
 

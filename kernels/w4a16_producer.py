@@ -17,16 +17,16 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, open_mail
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
+from compress.kernels.stage_barriers import open_stages, wait_empty
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
-    barrier_layout,
+    barrier_offset,
     bytes_of_stage,
     copy_stage,
     first_columns,
@@ -44,24 +44,25 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 @gluon.jit
-def _produce(words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-             STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr,
-             IS_TAIL: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N,
+             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+             BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
     if CTAS > 1:
         attend_opening(CTAS)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   True, False, BYTES)  # fmt: skip
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   True, False, False, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
     wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   False, True, BYTES)  # fmt: skip
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   False, True, False, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
     stage = 0
     phase = 0
     for t in range(first + STAGES, last):
-        mbarrier.wait(empty.index(stage), phase)
-        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, BYTES)
+        wait_empty(stage, phase, barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS), STAGES)
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True,
+                   True, True, False, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
         stage, phase = next_stage(stage, phase, STAGES)
     if CTAS > 1:
         attend_sums(CTAS)
@@ -75,7 +76,7 @@ def _idle(CTAS: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, ready, empty,
+def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
              rank, first, last, n0, m0, M, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
@@ -83,9 +84,9 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
     """`multiply_tiles` with copies by the other partition."""
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
                                           BLOCK_N, WARPS, CTAS, DTYPE)  # fmt: skip
-    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, ready, empty, columns, part_of_unit,
+    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
                          first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS,
-                         CTAS, 0, DTYPE)  # fmt: skip
+                         CTAS, False, DTYPE)  # fmt: skip
     if WAIT:
         pdl_wait()
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
@@ -102,31 +103,27 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     dtype: gl.constexpr = x_desc.dtype
-    BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
     fetch_first_descriptor("_producer_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
-    words_smem, x_smem = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
+    words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
     if CTAS > 1:
-        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * BYTES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
+    open_stages(barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS), STAGES, WARPS)
     fence_async_shared()
+    gl.thread_barrier()
     # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
     # share of K is empty, its consumers have not, and who had the workspace before may still read it.
     WAIT: gl.constexpr = PDL and (IS_TAIL or SPLIT > CTAS)
     gl.warp_specialize(
         [
-            (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, ready,
-                        empty, rank, first, last, n0, m0, M, N, K, tiles, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N, BLOCK_M,
-                        BLOCK_N, STAGES, SPLIT, WARPS, CTAS, WAIT, dtype)),
-            (_produce, (words_desc, x_desc, words_smem, x_smem, ready, empty, first, last, n0, m0, N,
-                        STAGES, BYTES, PDL, BEFORE_TAIL, IS_TAIL, CTAS)),
+            (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
+                        rank, first, last, n0, m0, M, N, K, tiles, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N, BLOCK_M, BLOCK_N,
+                        STAGES, SPLIT, WARPS, CTAS, WAIT, dtype)),
+            (_produce, (words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N,
+                        BLOCK_M, BLOCK_N, STAGES, PDL, BEFORE_TAIL, IS_TAIL, CTAS)),
             (_idle, (CTAS,)),
             (_idle, (CTAS,)),
         ],

@@ -43,7 +43,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -51,10 +50,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compress.kernels.cluster_sums import open_mail
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
+from compress.kernels.stage_barriers import open_stages
 from compress.kernels.tile_parts import (
     GROUP_N,
     TiledConfig,
-    barrier_layout,
+    barrier_offset,
     bytes_of_stage,
     copy_stage,
     first_columns,
@@ -68,7 +68,7 @@ from compress.kernels.tile_parts import (
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 
-BARRIER_BYTES = 256  # of a program at most, with what Triton hands its partitions
+HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -81,32 +81,30 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
-    BYTES: gl.constexpr = bytes_of_stage(BLOCK_M, BLOCK_N)
 
     fetch_first_descriptor("_tiled_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
-    words_smem, x_smem = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
+    words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
     if CTAS > 1:
-        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * BYTES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout(CTAS))
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
+    open_stages(barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS), STAGES, WARPS)
     fence_async_shared()
+    gl.thread_barrier()
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   True, False, BYTES)  # fmt: skip
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   True, False, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
                                           BLOCK_N, WARPS, CTAS, dtype)  # fmt: skip
     wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, ready, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   False, True, BYTES)  # fmt: skip
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+                   False, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
 
-    acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, ready, None, columns,
+    acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
                          part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
-                         STAGES, WARPS, CTAS, BYTES, dtype)  # fmt: skip
+                         STAGES, WARPS, CTAS, True, dtype)  # fmt: skip
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
@@ -140,7 +138,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
     """Programs that run at once, each of a whole tile, which needs no mail: one or two a multiprocessor, by shared
     memory and registers."""
-    used = config.stage_bytes + BARRIER_BYTES
+    used = replace(config, split_k=1).memory_bytes + HANDED_BYTES
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
@@ -161,9 +159,9 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
     config = replace(config, split_k=split, cluster=split)
-    # with barriers, and what the machine keeps of each program's share; it has a kilobyte more than it lets one have
+    # the machine keeps a kilobyte of each program's share; it has one more than it lets one have
     places = n_sms * min(
-        (shared_bytes + 1024) // (config.memory_bytes + BARRIER_BYTES + 1024), producers_by_registers(config)
+        (shared_bytes + 1024) // (config.memory_bytes + HANDED_BYTES + 1024), producers_by_registers(config)
     )
     return config if split == 2 or rest * split <= 0.8 * places else replace(config, cluster=1)
 

@@ -1,0 +1,88 @@
+"""The mbarriers of a pipeline's stages, at which warps meet one by one.
+
+Triton puts a barrier of all warps before its own wait for an mbarrier and on both sides of its arrival, which keeps all
+warps of a program in step: none dequantizes while another multiplies. Here these are PTX that Triton does not look
+into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES mbarriers of 8 bytes from BASE on.
+
+    ready[s]    at BASE + 8 s             a stage's copies arrive, once announced; warps wait
+    empty[s]    at BASE + 8 (STAGES + s)  WARPS warps arrive that are done with the stage; who copies waits
+
+`ready_of` is the same mbarrier as Triton's copies want it, from a view of the same memory. Order among a warp's other
+instructions is kept by volatile PTX; order among warps begins with a barrier behind `open_stages`.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+
+@gluon.constexpr_function
+def _init_all(base, stages, warps):  # type: ignore[no-untyped-def]
+    inits = ""
+    for s in range(2 * stages):
+        count = 1 if s < stages else warps
+        inits += "mbarrier.init.shared::cta.b64 [a + " + str(base + 8 * s) + "], " + str(count) + "; "
+    head = "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; mov.b32 a, global_smem; @p bra out; "
+    return head + inits + "out: mov.b32 $0, 0;}"
+
+
+@gluon.jit
+def open_stages(BASE: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Make the mbarriers, by thread 0; a fence for copies and a barrier for other warps are up to the caller."""
+    asm: gl.constexpr = _init_all(BASE, STAGES, WARPS)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def ready_of(barriers, stage, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The mbarrier of a stage's copies. barriers: int64 [128, 1], of which `ready` and `empty` are the last."""
+    return barriers.index(128 - 2 * STAGES + stage)
+
+
+@gluon.jit
+def announce(stage, n_bytes, live, FIRST: gl.constexpr, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """If live: so many bytes will come to a stage. By one thread: the first of the program, or with FIRST false of
+    each warp that comes here."""
+    which: gl.constexpr = "%tid.x" if FIRST else "%laneid"
+    asm: gl.constexpr = (
+        "{.reg .pred p; .reg .b32 a, t; mov.u32 t, " + which + "; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $3, 0, p; "
+        "mov.b32 a, global_smem; add.s32 a, a, $1; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [a], $2; "
+        "mov.b32 $0, 0;}"
+    )
+    gl.inline_asm_elementwise(
+        asm, "=r,r,r,r", [gl.to_tensor(BASE + 8 * stage), gl.to_tensor(n_bytes), gl.to_tensor(live).to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _wait(offset, phase):  # type: ignore[no-untyped-def]
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 a; mov.b32 a, global_smem; add.s32 a, a, $1; "
+        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra again; mov.b32 $0, 0;}",
+        "=r,r,r", [gl.to_tensor(offset), gl.to_tensor(phase)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_ready(stage, phase, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the copies of a stage are there."""
+    _wait(BASE + 8 * stage, phase)
+
+
+@gluon.jit
+def wait_empty(stage, phase, BASE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until all warps are done with a stage."""
+    _wait(BASE + 8 * STAGES + 8 * stage, phase)
+
+
+@gluon.jit
+def arrive_empty(stage, live, BASE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """If live: this warp is done with a stage."""
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $2, 0, p; "
+        "mov.b32 a, global_smem; add.s32 a, a, $1; @p mbarrier.arrive.shared::cta.b64 _, [a]; mov.b32 $0, 0;}",
+        "=r,r,r", [gl.to_tensor(BASE + 8 * STAGES + 8 * stage), gl.to_tensor(live).to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
