@@ -14,24 +14,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 
 from compress.kernels.cluster_sums import add_up, depart, mail_bytes, sums_fit
 from compress.kernels.gluon_parts import (
-    SCALED_UNIT,
     cluster_bases,
     cluster_rank,
     load_row,
     pdl_launch_next,
     pdl_wait,
     scale_group,
-    scaled_slice,
-    slice_weights,
 )
-from compress.kernels.stage_barriers import announce, arrive_empty, ready_of, wait_ready
+from compress.kernels.stage_barriers import announce, ready_of
 
 GROUP_N = 8
 _UNIT = 1024  # bytes that parts of shared memory are multiples of, for swizzled copies
@@ -178,35 +172,6 @@ def load_columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
     return columns
 
 
-@gluon.jit
-def half_tile(words, columns, h: gl.constexpr, PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
-               BLOCK_N: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Inputs 64 h .. of a tile, dequantized and scaled: [BLOCK_N, 64] as the MMA's left operand. Where `in_units`,
-    in those of `row_unit` and SCALED_UNIT, which `to_size` brings back."""
-    halves = ()
-    for p in gl.static_range(2 * h, 2 * h + 2):
-        scale = gl.expand_dims(columns[p * PARTS // 4], 1)
-        if in_units(HAS_ZERO, DTYPE):
-            halves = halves + (scaled_slice(words, scale, p),)
-        elif HAS_ZERO:
-            zero = gl.expand_dims(columns[PARTS + p * PARTS // 4].to(gl.float32), 1)
-            halves = halves + (slice_weights(words, zero, p, DTYPE) * scale,)
-        else:
-            halves = halves + (slice_weights(words, gl.full((1, 1), 8.0, gl.float32, A), p, DTYPE) * scale,)
-    w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([BLOCK_N, 64])
-    return gl.convert_layout(w, A, assert_trivial=True)
-
-
-@gluon.jit
-def to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
-             BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Sums of products with `half_tile`, in its units -> those with weights."""
-    if not in_units(HAS_ZERO, DTYPE):
-        return acc
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
-
-
 @gluon.constexpr_function
 def parts_of(group):  # type: ignore[no-untyped-def]
     """Scale groups in a tile of K."""
@@ -268,62 +233,6 @@ def next_stage(stage, phase, STAGES: gl.constexpr):  # type: ignore[no-untyped-d
         stage = 0
         phase = phase ^ 1
     return stage, phase
-
-
-@gluon.jit
-def multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
-                   first, last, n0, m0, N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr,
-                   BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-                   CTAS: gl.constexpr, COPIES: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
-    way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty.
-
-    A tile of K is two groups of MMAs, and while one runs, the operand of the other is dequantized. Nothing but acc
-    outlives an iteration, for which ptxas would move registers: low and high are handed on to the wait alone.
-    """
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
-    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
-    AHEAD: gl.constexpr = tiles_ahead(GROUP)
-    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
-    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
-    high = low
-    stage = 0
-    phase = 0
-    for t in range(first, last):
-        wait_ready(stage, phase, BASE)
-        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
-        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
-        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = half_tile(words, columns, 0, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
-        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, GROUP,
-            HAS_ZERO, EVEN_N, DTYPE,
-        )  # fmt: skip
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
-        behind = stage - 1
-        if behind < 0:
-            behind = STAGES - 1
-        if not COPIES:
-            arrive_empty(behind, t > first, BASE, STAGES)
-        high = half_tile(words, columns, 1, PARTS, HAS_ZERO, DTYPE, BLOCK_N, A)
-        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
-            gl.thread_barrier()
-            ahead = t - 1 + STAGES
-            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
-                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
-        later = ()
-        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
-            later = later + (columns[i],)
-        columns = later
-        stage, phase = next_stage(stage, phase, STAGES)
-    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
 
 
 @gluon.jit

@@ -36,13 +36,21 @@ import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma
+from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.decode_reference import Around, Stream
-from compress.kernels.gluon_parts import load_row, pdl_launch_next, pdl_wait, scale_group, slice_weights
+from compress.kernels.gluon_parts import (
+    bare_codes,
+    codes_unit,
+    pdl_launch_next,
+    pdl_wait,
+    scale_group,
+    without_zero,
+)
 from compress.kernels.w4a16 import KernelWeight, configuration
+from compress.kernels.warp_copies import copy_piece, done_with_piece, open_slots, piece_units, wait_piece
 
 RULE_MAX_TOKENS = 8
 _WORDS_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
@@ -122,15 +130,36 @@ def _load_x(x_at, x_tile, t, tiles):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _load_scale(scale_ptr, s_tile, s_n, t, s: gl.constexpr, N, K, tiles, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales [WARPS, BLOCK_N] of part s of tiles t + warp; zero beyond the last tile or row."""
-    at = scale_ptr + scale_group(t + s_tile, s, tiles, K, GROUP).to(gl.int64) * N + s_n
-    return gl.load(at, mask=(t + s_tile < tiles) & (s_n < N), other=0, eviction_policy="evict_last")
+def _load_columns(scale_ptr, zero_ptr, s_tile, s_n, t, N, K, tiles, GROUP: gl.constexpr, PARTS: gl.constexpr,
+                  HAS_ZERO: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Scales [WARPS, BLOCK_N] of the parts of tiles t + warp, then zeros; zero beyond the last tile or row. They are
+    fewer than 2^31 (`takes`)."""
+    live = (t + s_tile < tiles) & (s_n < N)
+    scales = ()
+    zeros = ()
+    for s in gl.static_range(PARTS):
+        at = scale_group(t + s_tile, s, tiles, K, GROUP) * N + s_n
+        scales = scales + (gl.load(scale_ptr + at, mask=live, other=0, eviction_policy="evict_last"),)
+        if HAS_ZERO:
+            zeros = zeros + (gl.load(zero_ptr + at, mask=live, other=0, eviction_policy="evict_last"),)
+    return scales + zeros
+
+
+@gluon.jit
+def _for_all_rows(sums, ROWS: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]
+    """[WARPS, 16, tokens] equal in all rows -> [WARPS, ROWS, tokens]: the same registers."""
+    for i in gl.static_range(3):
+        if sums.shape[1] < ROWS:
+            twice = gl.join(sums, sums).permute(0, 3, 1, 2)
+            sums = gl.convert_layout(
+                twice.reshape([sums.shape[0], 2 * sums.shape[1], sums.shape[2]]), MMA, assert_trivial=True
+            )
+    return sums
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "n_squares", "eps"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, words_desc, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr,
+    words_desc, x_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr,
     sums_ptr, n_squares, eps, M, N, K, tiles,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     SQUARES: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
@@ -146,32 +175,29 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     X: gl.constexpr = _x_layout(WARPS, BLOCK_M)
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP  # scale groups a tile
     SLICES: gl.constexpr = 4 // PARTS
-    BYTES: gl.constexpr = WARPS * BLOCK_N * 64
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS  # scales of a tile, then zeros
+    BYTES: gl.constexpr = BLOCK_N * 64
+    KERNEL: gl.constexpr = "_decode_kernel"
 
     n0 = gl.program_id(0) * BLOCK_N
-    words_smem = gl.allocate_shared_memory(gl.int16, [WORDS, WARPS, BLOCK_N // 2, 64], words_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [WORDS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(WORDS):
-        mbarrier.init(ready.index(i), count=1)
-    fence_async_shared()
+    memory = gl.allocate_shared_memory(
+        gl.int8, [piece_units(WORDS, WARPS, BYTES), 1024], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    words_smem = memory.index(0)._reinterpret(gl.int16, [WORDS, WARPS, BLOCK_N // 2, 64], words_desc.layout)
+    warp = open_slots(WORDS, WARPS, BYTES)
     steps = (tiles + WARPS - 1) // WARPS
     for i in gl.static_range(WORDS):
-        mbarrier.expect(ready.index(i), BYTES, pred=i < steps)
-        tma.async_copy_global_to_shared(
-            words_desc, [i * WARPS, n0 // 2, 0], ready.index(i), words_smem.index(i), pred=i < steps
-        )
+        copy_piece(KERNEL, warp, i, i * WARPS + warp, n0 // 2, i < steps, WORDS, WARPS, BYTES)
 
-    # [WARPS, BLOCK_N]: scales in the accumulator's rows, zeros in the words'
-    A_ROWS: gl.constexpr = gl.SliceLayout(2, A)
+    # scales and zeros [WARPS, BLOCK_N], in the accumulator's rows
     S_ROWS: gl.constexpr = gl.SliceLayout(2, MMA)
     s_tile = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, S_ROWS)), 1)
     s_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_ROWS)), 0)
-    z_tile = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, A_ROWS)), 1)
-    z_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, A_ROWS)), 0)
-    scales = ()
+    columns = ()
     for i in gl.static_range(STAGES):
-        for s in gl.static_range(PARTS):
-            scales = scales + (_load_scale(scale_ptr, s_tile, s_n, i * WARPS, s, N, K, tiles, GROUP),)
+        columns = columns + _load_columns(
+            scale_ptr, zero_ptr, s_tile, s_n, i * WARPS, N, K, tiles, GROUP, PARTS, HAS_ZERO
+        )
 
     # tokens beyond M repeat the last one: their columns of y are not stored
     X3: gl.constexpr = gl.SliceLayout(3, X)
@@ -213,41 +239,42 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     phase = 0
     for step in range(0, steps, STAGES):
         next_xs = ()
-        next_scales = ()
+        next_columns = ()
         for i in gl.static_range(STAGES):
             t = (step + i) * WARPS
             ahead = t + STAGES * WARPS
             slot = first_slot + i
-            zeros = ()
-            for s in gl.static_range(PARTS):
-                if HAS_ZERO:
-                    zero = load_row(zero_ptr, scale_group(t + z_tile, s, tiles, K, GROUP), z_n, N, EVEN_N)
-                    zeros = zeros + (gl.expand_dims(zero.to(gl.float32), 2),)
-                else:
-                    zeros = zeros + (gl.full((1, 1, 1), 8.0, gl.float32, A),)
             # beyond the last step scales are zero, and whatever the stage holds counts for nothing
-            mbarrier.wait(ready.index(slot), phase, pred=step + i < steps)
+            wait_piece(warp, slot, phase, step + i < steps, WORDS, WARPS, BYTES)
             words = words_smem.index(slot).load(PAIRS).reshape([WARPS, BLOCK_N // 2, 2, 32])
             words = gl.convert_layout(words.reshape([WARPS, BLOCK_N, 32]), A, assert_trivial=True)
             x = _split_slices(xs[i], WARPS, BLOCK_M, dtype)
             for s in gl.static_range(PARTS):
-                part = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
+                even = gl.zeros((WARPS, BLOCK_N, BLOCK_M), gl.float32, MMA)
+                odd = even
+                x_sums = gl.zeros((WARPS, 16, BLOCK_M), gl.float32, MMA)  # of inputs, the same in every row
                 for p in gl.static_range(s * SLICES, s * SLICES + SLICES):
-                    w = slice_weights(words, zeros[s], p, dtype)
-                    part = mma_v2(w, gl.convert_layout(x[p].permute(0, 2, 1), B, assert_trivial=True), part)
-                acc += part * gl.expand_dims(scales[i * PARTS + s].to(gl.float32), 2)
+                    x_p = gl.convert_layout(x[p].permute(0, 2, 1), B, assert_trivial=True)
+                    x_sums = mma_v2(gl.full((WARPS, 16, 32), 1.0, dtype, A), x_p, x_sums)
+                    if p % 2 and dtype == gl.float16:  # in units of their own
+                        odd = mma_v2(bare_codes(words, p, dtype), x_p, odd)
+                    else:
+                        even = mma_v2(bare_codes(words, p, dtype), x_p, even)
+                zero = 8.0
+                if HAS_ZERO:
+                    zero = gl.expand_dims(columns[i * FIELDS + PARTS + s].to(gl.float32), 2)
+                part = without_zero(even, odd, _for_all_rows(x_sums, BLOCK_N, MMA), zero, dtype)
+                acc += part * gl.expand_dims(columns[i * FIELDS + s].to(gl.float32), 2)
             # the same slots for STAGES steps on: asked for here, in flight until their turn
             next_xs = next_xs + (_load_x(x_at, x_tile, ahead, tiles),)
-            for s in gl.static_range(PARTS):
-                next_scales = next_scales + (_load_scale(scale_ptr, s_tile, s_n, ahead, s, N, K, tiles, GROUP),)
+            next_columns = next_columns + _load_columns(
+                scale_ptr, zero_ptr, s_tile, s_n, ahead, N, K, tiles, GROUP, PARTS, HAS_ZERO
+            )
             if step + i + WORDS < steps:
-                gl.thread_barrier()  # every warp has read the stage
-                mbarrier.expect(ready.index(slot), BYTES)
-                tma.async_copy_global_to_shared(
-                    words_desc, [t + WORDS * WARPS, n0 // 2, 0], ready.index(slot), words_smem.index(slot)
-                )
+                done_with_piece()
+                copy_piece(KERNEL, warp, slot, t + WORDS * WARPS + warp, n0 // 2, True, WORDS, WARPS, BYTES)
         xs = next_xs
-        scales = next_scales
+        columns = next_columns
         if WORDS == STAGES:
             phase = phase ^ 1
         else:
@@ -256,7 +283,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 first_slot = 0
                 phase = phase ^ 1
 
-    y = gl.sum(acc, axis=0)
+    y = gl.sum(acc, axis=0) * codes_unit(dtype)
     if SQUARES > 0:
         mean = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, OUT)) / K
         y = y * gl.expand_dims(gl.rsqrt(mean + eps), 0)
@@ -344,16 +371,15 @@ def _run(
     m, k, n = x.shape[0], weight.k, weight.n
     tiles = weight.words.shape[0]
     words_desc = TensorDescriptor(
-        weight.words, [tiles, n // 2, 64], [32 * n, 64, 1], [config.warps, config.block_n // 2, 64],
-        _WORDS_LAYOUT,
+        weight.words, [tiles, n // 2, 64], [32 * n, 64, 1], [1, config.block_n // 2, 64], _WORDS_LAYOUT,
     )  # fmt: skip
     n_squares = 0 if around.squares is None else around.squares.shape[0]
     _decode_kernel[(-(-n // config.block_n),)](
-        x, words_desc, weight.scale, weight.zero, bias, out, around.squares, around.residual, around.norm, normed, sums,
+        words_desc, x, weight.scale, weight.zero, bias, out, around.squares, around.residual, around.norm, normed, sums,
         n_squares, around.eps, m, n, k, tiles,
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=n % config.block_n == 0, SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
         RESIDUAL=around.residual is not None, SILU=around.silu, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STAGES=config.stages, WORDS=config.stages * config.words, PDL=pdl, WARPS=config.warps,
-        num_warps=config.warps, launch_pdl=pdl,
+        num_warps=config.warps, maxnreg=128 if config.block_m == 8 else None, launch_pdl=pdl,
     )  # fmt: skip

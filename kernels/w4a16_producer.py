@@ -31,13 +31,13 @@ from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
     leave,
-    multiply_tiles,
     next_stage,
     share_of_tile,
     stage_memory,
     tile_origin,
     wait_for_previous,
 )
+from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.w4a16 import KernelWeight
 
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)

@@ -59,12 +59,12 @@ from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
     leave,
-    multiply_tiles,
     share_of_tile,
     stage_memory,
     tile_origin,
     wait_for_previous,
 )
+from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 

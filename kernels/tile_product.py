@@ -1,0 +1,216 @@
+"""The loop of the tiled kernels: words of a tile of K become the left operand of MMAs, x is the right one.
+
+A warp that issues MMAs with an operand in registers is held until all but some two of them are done (measured on an
+H100: eight of 64 rows and 64 tokens, then 242 cycles of other work, take 442 cycles, and 257 alone). Work that is to
+go on meanwhile has to stand between them, so their groups are small:
+
+    two groups     inputs 0 .. 63 and 64 .. 127 of a tile; while one runs, the operand of the other is dequantized
+    four groups    where a warp has two blocks of rows, in each a block of rows; while one is issued, the operand of the
+                   next is dequantized, for which the words of the next tile are read before the last of this one
+
+A `wgmma` reads its registers while it runs, and nobody but the wait for it knows: not ptxas, which gives them to others
+once it has been issued. An operand is therefore handed on to the wait that means its group.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+
+from compress.kernels.gluon_parts import SCALED_UNIT, scaled_slice, slice_weights
+from compress.kernels.stage_barriers import arrive_empty, wait_ready
+from compress.kernels.tile_parts import (
+    barrier_offset,
+    copy_stage,
+    in_units,
+    load_columns,
+    load_words,
+    mma_layout,
+    next_stage,
+    parts_of,
+    row_unit,
+    rows_of_operand,
+    tiles_ahead,
+)
+
+
+@gluon.jit
+def block_of_rows(t, b: gl.constexpr, BLOCKS: gl.constexpr, L: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Part b of one or two equal parts of the rows of t [BLOCK_N] or [BLOCK_N, C], in layout L: only renames
+    registers."""
+    part = t
+    if BLOCKS == 2:
+        if len(t.shape) == 1:
+            parts = gl.split(t.reshape([2, t.shape[0] // 2]).permute(1, 0))
+        else:
+            parts = gl.split(t.reshape([2, t.shape[0] // 2, t.shape[1]]).permute(1, 2, 0))
+        part = gl.convert_layout(parts[b], L, assert_trivial=True)
+    return part
+
+
+@gluon.jit
+def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr,
+                 HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Inputs 64 h .. of block b of rows of a tile, dequantized and scaled: [rows, 64] as the MMA's left operand. Where
+    `in_units`, in those of `row_unit` and SCALED_UNIT, which `to_size` brings back."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, A)
+    words = block_of_rows(words, b, BLOCKS, A)
+    halves = ()
+    for p in gl.static_range(2 * h, 2 * h + 2):
+        scale = gl.expand_dims(block_of_rows(columns[p * PARTS // 4], b, BLOCKS, ROWS), 1)
+        if in_units(HAS_ZERO, DTYPE):
+            halves = halves + (scaled_slice(words, scale, p),)
+        elif HAS_ZERO:
+            zero = block_of_rows(columns[PARTS + p * PARTS // 4], b, BLOCKS, ROWS)
+            halves = halves + (slice_weights(words, gl.expand_dims(zero.to(gl.float32), 1), p, DTYPE) * scale,)
+        else:
+            halves = halves + (slice_weights(words, gl.full((1, 1), 8.0, gl.float32, A), p, DTYPE) * scale,)
+    w = gl.join(halves[0], halves[1]).permute(0, 2, 1).reshape([words.shape[0], 64])
+    return gl.convert_layout(w, A, assert_trivial=True)
+
+
+@gluon.jit
+def to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr,
+             BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Sums of products with `part_of_tile`, in its units -> those with weights."""
+    if not in_units(HAS_ZERO, DTYPE):
+        return acc
+    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
+
+
+@gluon.jit
+def multiply_tiles(
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
+    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
+    way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    if BLOCK_N == 32 * WARPS and STAGES > 2:
+        acc = _in_four_groups(
+            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0,
+            m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
+        )  # fmt: skip
+    else:
+        acc = _in_two_groups(
+            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0,
+            m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
+        )  # fmt: skip
+    return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
+
+
+@gluon.jit
+def _in_two_groups(
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
+    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
+    low and high are handed on to the wait alone."""
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    PARTS: gl.constexpr = parts_of(GROUP)
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
+    AHEAD: gl.constexpr = tiles_ahead(GROUP)
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
+    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
+    high = low
+    stage = 0
+    phase = 0
+    for t in range(first, last):
+        wait_ready(stage, phase, True, BASE)
+        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
+        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
+        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
+        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+        low = part_of_tile(words, columns, 0, 0, 1, PARTS, HAS_ZERO, DTYPE, A)
+        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+        columns = columns + load_columns(
+            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, GROUP,
+            HAS_ZERO, EVEN_N, DTYPE,
+        )  # fmt: skip
+        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
+        behind = stage - 1
+        if behind < 0:
+            behind = STAGES - 1
+        if not COPIES:
+            arrive_empty(behind, t > first, BASE, STAGES)
+        high = part_of_tile(words, columns, 1, 0, 1, PARTS, HAS_ZERO, DTYPE, A)
+        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
+            gl.thread_barrier()
+            ahead = t - 1 + STAGES
+            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
+                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
+        later = ()
+        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
+            later = later + (columns[i],)
+        columns = later
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
+    return acc
+
+
+@gluon.jit
+def _in_four_groups(
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
+    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
+    earlier, or its registers might still be read, by the group four before it."""
+    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    PARTS: gl.constexpr = parts_of(GROUP)
+    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    AHEAD: gl.constexpr = tiles_ahead(GROUP)
+    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
+    acc = gl.zeros((BLOCK_N // 2, BLOCK_M), gl.float32, MMA)
+    second = warpgroup_mma_init(acc)
+    last_but_one = gl.zeros((BLOCK_N // 2, 64), DTYPE, A)
+    before = last_but_one
+    stage = 0
+    phase = 0
+    for t in range(first, last):
+        behind = stage - 1
+        if behind < 0:
+            behind = STAGES - 1
+        wait_ready(stage, phase, True, BASE)
+        words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
+        for g in gl.static_range(4):
+            w = part_of_tile(words, columns, g // 2, g % 2, 2, PARTS, HAS_ZERO, DTYPE, A)
+            x = x_smem.index(2 * stage + g // 2).permute([1, 0])
+            acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
+            if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
+                arrive_empty(behind, t > first, BASE, STAGES)
+            if g % 2 == 0:
+                acc = warpgroup_mma(w, x, acc, is_async=True)
+            else:
+                second = warpgroup_mma(w, x, second, is_async=True)
+            last_but_one = before
+            before = w
+            if g == 0:
+                columns = columns + load_columns(
+                    scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, GROUP,
+                    HAS_ZERO, EVEN_N, DTYPE,
+                )  # fmt: skip
+        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
+            gl.thread_barrier()
+            ahead = t - 1 + STAGES
+            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
+                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
+        later = ()
+        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
+            later = later + (columns[i],)
+        columns = later
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
+    both = gl.join(acc, second).permute(2, 0, 1).reshape([BLOCK_N, BLOCK_M])
+    return gl.convert_layout(both, MMA, assert_trivial=True)
