@@ -86,16 +86,26 @@ W4A16 = Tunable(
 )
 
 
+# (block_m, block_n, warps, stages, words, registers) by block_m: what won or came close somewhere on an H100
+_DECODE_TILES = {
+    8: (
+        (8, 16, 8, 1, 4, 128), (8, 16, 8, 2, 1, 80), (8, 16, 8, 2, 1, 128), (8, 16, 8, 2, 2, 128), (8, 16, 8, 3, 1, 128),
+        (8, 16, 4, 1, 2, 64), (8, 16, 4, 2, 1, 96), (8, 16, 4, 2, 1, 128), (8, 16, 4, 2, 2, 104), (8, 16, 4, 4, 1, 136),
+        (8, 16, 4, 4, 1, 168), (8, 16, 4, 4, 2, 128), (8, 16, 4, 4, 4, 168), (8, 32, 4, 1, 1, 96), (8, 32, 4, 1, 2, 96),
+        (8, 32, 4, 2, 1, 128),
+    ),
+    16: (
+        (16, 16, 8, 2, 1, 128), (16, 16, 8, 3, 1, 255), (16, 16, 4, 3, 1, 255), (16, 16, 4, 4, 1, 255),
+        (16, 32, 4, 1, 1, 128), (16, 32, 4, 2, 1, 168), (16, 32, 4, 3, 1, 255),
+    ),
+}  # fmt: skip
+
+
 def _decode_grid(m: int) -> Iterator[w4a16_decode.DecodeConfig]:
     if m > 16:
         return
-    block_m = 8 if m <= 8 else 16
-    for (block_n, warps), stages in itertools.product(((16, 8), (16, 4), (32, 8), (32, 4), (64, 4)), (1, 2, 3, 4, 6)):
-        if block_n * block_m * stages > (2048 if m <= 8 else 1536):
-            continue
-        for words in (1, 2, 4):  # 64 KB a program, so that those of the next kernel find room beside this one's
-            if words == 1 or stages * words * warps * block_n * 64 <= 2**16:
-                yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages, words)
+    for block_m, block_n, warps, stages, words, registers in _DECODE_TILES[8 if m <= 8 else 16]:
+        yield w4a16_decode.DecodeConfig(block_m, block_n, warps, stages, words, registers)
 
 
 DECODE = replace(

@@ -29,7 +29,7 @@ compute capability 9.0, K a multiple of 128 and N of 8 (16 for silu).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -49,7 +49,7 @@ from compress.kernels.gluon_parts import (
     scale_group,
     without_zero,
 )
-from compress.kernels.w4a16 import KernelWeight, configuration
+from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.warp_copies import copy_piece, done_with_piece, open_slots, piece_units, wait_piece
 
 RULE_MAX_TOKENS = 8
@@ -59,13 +59,15 @@ _WORDS_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 @dataclass(frozen=True)
 class DecodeConfig:
     """Tile sizes of one launch. warps is the split of K; stages of `warps` tiles of x are in flight, and `words` times
-    as many of words: those are there before the kernel before this one is done, as far as there is room."""
+    as many of words: those are there before the kernel before this one is done, as far as there is room. registers: of
+    a thread at most; few let more programs in, many let ptxas place loads earlier."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     words: int = 1
+    registers: int = 128
 
 
 @gluon.constexpr_function
@@ -312,14 +314,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 
 def choose_config(m: int, n: int, k: int) -> DecodeConfig:
-    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, with words far ahead; once N alone
-    fills the machine, many small programs of one stage; eight warps share a long K. Measured on an H100 by
-    `compress.kernels.tune` (NOTES.md)."""
+    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, and eight warps to share K where
+    it is long or N is small. Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
     if m > 8:
-        return DecodeConfig(16, 32, 4, 3)
+        return DecodeConfig(16, 32, 4, 3, registers=255)
     if n > 12288:
-        return DecodeConfig(8, 32, 4, 1)
-    return DecodeConfig(8, 16, 8, 3) if k > 8192 else DecodeConfig(8, 16, 4, 4, 4 if n <= 4096 else 2)
+        return DecodeConfig(8, 32, 4, 2)
+    return DecodeConfig(8, 16, 8, 2) if k > 8192 or n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=136)
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:
@@ -337,10 +338,7 @@ def linear_around(
     Twin: `decode_reference.linear_around`. x: [M, K], M up to RULE_MAX_TOKENS; `takes` says which weights.
     """
     m, n = x.shape[0], weight.n
-    config = configuration(x, weight)
-    if not isinstance(config, DecodeConfig):  # a table may prefer another kernel for the bare product
-        config = choose_config(m, n, weight.k)
-    config = between_others(config)
+    config = config_between_others(n, weight.k)
     y = torch.empty(m, n // 2 if around.silu else n, dtype=x.dtype, device=x.device)
     if around.residual is None:
         _run(x, weight, bias, config, pdl, around, y, None, None)
@@ -351,10 +349,15 @@ def linear_around(
     return Stream(y, normed, sums)
 
 
-def between_others(config: DecodeConfig) -> DecodeConfig:
-    """What a product among others takes, where tables say what is fastest behind itself. Measured on an H100: words far
-    ahead cost 3 % of a decode step, and a single stage 5 %, since none of its words are there early (NOTES.md)."""
-    return replace(config, stages=max(2, config.stages), words=1)
+def config_between_others(n: int, k: int) -> DecodeConfig:
+    """What a product among others takes, up to RULE_MAX_TOKENS tokens, where tables say what is fastest behind itself;
+    pure. Measured on an H100 within a decode step (NOTES.md): few and large programs leave room for those of the next
+    product, whose words then come early."""
+    if n >= 8192:
+        return DecodeConfig(8, 32, 4, 2)
+    if k > 8192:
+        return DecodeConfig(8, 16, 8, 1, 4)
+    return DecodeConfig(8, 16, 8, 2) if n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=168)
 
 
 def takes(weight: KernelWeight) -> bool:
@@ -381,5 +384,5 @@ def _run(
         EVEN_N=n % config.block_n == 0, SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
         RESIDUAL=around.residual is not None, SILU=around.silu, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STAGES=config.stages, WORDS=config.stages * config.words, PDL=pdl, WARPS=config.warps,
-        num_warps=config.warps, maxnreg=128 if config.block_m == 8 else None, launch_pdl=pdl,
+        num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip
