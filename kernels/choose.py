@@ -79,8 +79,9 @@ def hopper_kernels(device: torch.device) -> bool:
 
 def hopper_takes(n: int, k: int, group_size: int) -> bool:
     """Whether the Hopper kernels take a 4-bit weight [n, k]: copies in rows of 16 bytes, scale groups that tile 128
-    inputs or are tiled by them. A group_size of k or more is one scale a row."""
-    return n % 8 == 0 and k % 8 == 0 and (group_size in (32, 64) or group_size % 128 == 0 or group_size >= k)
+    inputs or are tiled by them, fewer than 2^31 scales. A group_size of k or more is one scale a row."""
+    groups_fit = group_size in (32, 64) or group_size % 128 == 0 or group_size >= k
+    return n % 8 == 0 and k % 8 == 0 and groups_fit and n * -(-k // group_size) < 2**31
 
 
 def triton_max_tokens(bits: int, hopper: bool = False) -> int:

@@ -210,14 +210,12 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP: gl.constex
 def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, live, WORDS: gl.constexpr,
                X: gl.constexpr, FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                STAGES: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Start the copies of tile t into a stage: the words (and announce all bytes), x, or both. FIRST: see `announce`."""
+    """Start the copies of tile t into a stage: words (and announce all bytes), x, or both. FIRST: see `announce`."""
     ready = ready_of(barriers, stage, STAGES)
     if WORDS:
         BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
         announce(stage, bytes_of_stage(BLOCK_M, BLOCK_N), live, FIRST, BASE)
-        tma.async_copy_global_to_shared(
-            words_desc, [(t * N + n0) // 2, 0], ready, words_smem.index(stage), pred=live
-        )
+        tma.async_copy_global_to_shared(words_desc, [(t * N + n0) // 2, 0], ready, words_smem.index(stage), pred=live)
     if X:
         for h in gl.static_range(2):
             tma.async_copy_global_to_shared(

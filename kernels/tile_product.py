@@ -81,35 +81,35 @@ def to_size(acc, scale_ptr, n0, N, K, GROUP: gl.constexpr, HAS_ZERO: gl.constexp
 
 
 @gluon.jit
-def multiply_tiles(
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
-    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+def multiply_tiles(  # type: ignore[no-untyped-def]
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
+    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
     way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
     if BLOCK_N == 32 * WARPS and STAGES > 2:
         acc = _in_four_groups(
-            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0,
-            m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
+            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
+            n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
         )  # fmt: skip
     else:
         acc = _in_two_groups(
-            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0,
-            m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
+            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
+            n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
         )  # fmt: skip
     return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
 
 
 @gluon.jit
-def _in_two_groups(
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
-    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+def _in_two_groups(  # type: ignore[no-untyped-def]
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
+    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
@@ -158,12 +158,12 @@ def _in_two_groups(
 
 
 @gluon.jit
-def _in_four_groups(
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0, N,
-    K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
+def _in_four_groups(  # type: ignore[no-untyped-def]
+    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
+    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
     earlier, or its registers might still be read, by the group four before it."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)

@@ -135,7 +135,7 @@ def _load_x(x_at, x_tile, t, tiles):  # type: ignore[no-untyped-def]
 def _load_columns(scale_ptr, zero_ptr, s_tile, s_n, t, N, K, tiles, GROUP: gl.constexpr, PARTS: gl.constexpr,
                   HAS_ZERO: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Scales [WARPS, BLOCK_N] of the parts of tiles t + warp, then zeros; zero beyond the last tile or row. They are
-    fewer than 2^31 (`takes`)."""
+    fewer than 2^31 (`hopper_takes`)."""
     live = (t + s_tile < tiles) & (s_n < N)
     scales = ()
     zeros = ()
@@ -150,7 +150,7 @@ def _load_columns(scale_ptr, zero_ptr, s_tile, s_n, t, N, K, tiles, GROUP: gl.co
 @gluon.jit
 def _for_all_rows(sums, ROWS: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]
     """[WARPS, 16, tokens] equal in all rows -> [WARPS, ROWS, tokens]: the same registers."""
-    for i in gl.static_range(3):
+    for _ in gl.static_range(3):
         if sums.shape[1] < ROWS:
             twice = gl.join(sums, sums).permute(0, 3, 1, 2)
             sums = gl.convert_layout(
