@@ -5,8 +5,8 @@ H100: eight of 64 rows and 64 tokens, then 242 cycles of other work, take 442 cy
 go on meanwhile has to stand between them, so their groups are small:
 
     two groups     inputs 0 .. 63 and 64 .. 127 of a tile; while one runs, the operand of the other is dequantized
-    four groups    where a warp has two blocks of rows, in each a block of rows; while one is issued, the operand of the
-                   next is dequantized, for which the words of the next tile are read before the last of this one
+    four groups    the same of each of two blocks of rows, where a warp has two; while one is issued, the operand of the
+                   next is dequantized
 
 A `wgmma` reads its registers while it runs, and nobody but the wait for it knows: not ptxas, which gives them to others
 once it has been issued. An operand is therefore handed on to the wait that means its group.
@@ -90,7 +90,7 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
     way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    if BLOCK_N == 32 * WARPS and STAGES > 2:
+    if BLOCK_N == 32 * WARPS:
         acc = _in_four_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
             n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
@@ -101,6 +101,26 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
             n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, STAGES, WARPS, CTAS, COPIES, DTYPE,
         )  # fmt: skip
     return to_size(acc, scale_ptr, n0, N, K, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
+
+
+@gluon.jit
+def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N,
+               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The next tile into the stage behind that of tile t. After its last MMA, which runs meanwhile: every one of these
+    copies costs a barrier."""
+    gl.thread_barrier()
+    ahead = t - 1 + STAGES
+    copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
+               (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
+
+
+@gluon.jit
+def _behind_first(columns, FIELDS: gl.constexpr, ALL: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of the tiles behind the first."""
+    later = ()
+    for i in gl.static_range(FIELDS, ALL):
+        later = later + (columns[i],)
+    return later
 
 
 @gluon.jit
@@ -143,15 +163,10 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             arrive_empty(behind, t > first, BASE, STAGES)
         high = part_of_tile(words, columns, 1, 0, 1, PARTS, HAS_ZERO, DTYPE, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
-            gl.thread_barrier()
-            ahead = t - 1 + STAGES
-            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
-                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
-        later = ()
-        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
-            later = later + (columns[i],)
-        columns = later
+        if COPIES:
+            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
+                       BLOCK_N, STAGES, CTAS)  # fmt: skip
+        columns = _behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
         stage, phase = next_stage(stage, phase, STAGES)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return acc
@@ -201,15 +216,10 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
                     scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, GROUP,
                     HAS_ZERO, EVEN_N, DTYPE,
                 )  # fmt: skip
-        if COPIES:  # behind the MMA, which runs meanwhile: every one of these copies costs a barrier
-            gl.thread_barrier()
-            ahead = t - 1 + STAGES
-            copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
-                       (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
-        later = ()
-        for i in gl.static_range(FIELDS, (AHEAD + 1) * FIELDS):
-            later = later + (columns[i],)
-        columns = later
+        if COPIES:
+            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
+                       BLOCK_N, STAGES, CTAS)  # fmt: skip
+        columns = _behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
         stage, phase = next_stage(stage, phase, STAGES)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([BLOCK_N, BLOCK_M])

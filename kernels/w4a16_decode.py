@@ -9,9 +9,12 @@ split K, tile by tile, so that small weights fill the machine without a second k
           +----+----+----+----+----+----+----+----+
     acc   [WARPS, BLOCK_N, BLOCK_M] float32, summed over WARPS at the end in shared memory, in a fixed order
 
-Words arrive by bulk tensor copies, WORDS stages ahead, in rows of 128 bytes (two rows of W); x by 16-byte loads into
-registers, STAGES ahead. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and 8
-neighbouring inputs of x the right one, so nothing is shuffled. The weight's copies are started before the wait for the
+Words arrive by bulk tensor copies, WORDS stages ahead, in rows of 128 bytes (two rows of W), which each warp makes for
+itself (`warp_copies`): until the sums at the end warps never wait for each other. x comes by 16-byte loads into
+registers, STAGES ahead. Codes go into the MMA as they are, and scales and zero points into float32 sums of them and of
+x, so that one instruction makes two operands (`gluon_parts.bare_codes`): few tokens are bound by instructions wherever
+the words are there before x is. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and
+8 neighbouring inputs of x the right one, so nothing is shuffled. The weight's copies are started before the wait for the
 previous kernel (programmatic dependent launch): weights do not depend on it, and as many stages as there are arrive
 while that still computes.
 
@@ -163,10 +166,9 @@ def _for_all_rows(sums, ROWS: gl.constexpr, MMA: gl.constexpr):  # type: ignore[
 def _decode_kernel(  # type: ignore[no-untyped-def]
     words_desc, x_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, squares_ptr, residual_ptr, norm_ptr, normed_ptr,
     sums_ptr, n_squares, eps, M, N, K, tiles,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
-    SQUARES: gl.constexpr, RESIDUAL: gl.constexpr, SILU: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORDS: gl.constexpr, PDL: gl.constexpr,
-    WARPS: gl.constexpr,
+    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, SQUARES: gl.constexpr,
+    RESIDUAL: gl.constexpr, SILU: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    WORDS: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y[:, n0 : n0 + BLOCK_N]; see the module docstring."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -381,7 +383,7 @@ def _run(
         words_desc, x, weight.scale, weight.zero, bias, out, around.squares, around.residual, around.norm, normed, sums,
         n_squares, around.eps, m, n, k, tiles,
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
-        EVEN_N=n % config.block_n == 0, SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
+        SQUARES=triton.next_power_of_2(n_squares) if n_squares else 0,
         RESIDUAL=around.residual is not None, SILU=around.silu, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STAGES=config.stages, WORDS=config.stages * config.words, PDL=pdl, WARPS=config.warps,
         num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,

@@ -1,7 +1,7 @@
 """The tiled kernel of `w4a16_tiled` with its copies in a warp of their own.
 
-There, every warp takes part in starting a tile's copies, and Triton puts a barrier around each: five a tile, at which
-all warpgroups are in step, so that none dequantizes while another multiplies. Here they meet at mbarriers alone:
+There, every warp takes part in starting a tile's copies, and Triton puts barriers around them, at which all warpgroups
+are in step, so that none dequantizes while another multiplies. Here they meet at mbarriers alone (`stage_barriers`):
 
     producer, 1 warp     wait empty[s]; announce ready[s]; copy words, copy x (two halves)            s = tile % STAGES
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
@@ -15,9 +15,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, open_mail

@@ -7,8 +7,8 @@ tokens:
                                                                                            wgmma += [BLOCK_N, BLOCK_M]
     x [BLOCK_M, 2 x 64] --bulk copy--> shared (128-byte swizzle) ------------------------> right operand /
 
-A tile of K is two MMA groups, `low` (nibbles 0, 1) and `high` (2, 3), 64 inputs each. While one runs, the other's
-operand is dequantized; two groups are in flight, so the tensor cores never wait for the integer units:
+A tile of K is several groups of MMAs, of nibbles 0, 1 and of 2, 3, 64 inputs each. While one runs, the operand of the
+next is dequantized; two groups are in flight (`tile_product`):
 
     MMA            | low t        | high t       | low t+1      | ...
     dequantize     | high t       | low t+1      | high t+1     |
@@ -41,9 +41,7 @@ import triton.experimental.gluon.language as gl
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 

@@ -122,10 +122,12 @@ def test_slots(config: TiledConfig, shared: int, expected: int) -> None:
         (4096, 4096, 128, True), (72, 1000, 1000, True), (8, 8, 128, True), (4096, 4096, 32, True),
         (4096, 4096, 64, True), (4096, 1152, 384, True), (4096, 960, 96, False), (4096, 960, 160, False),
         (4096, 160, 160, True), (4096, 960, 192, False), (4100, 4096, 128, False), (4096, 1004, 1004, False),
+        (2**20, 2**16, 32, False), (2**20, 2**16, 64, True),
     ],
 )  # fmt: skip
 def test_shapes_that_hopper_takes(n: int, k: int, group: int, expected: bool) -> None:
-    """Oracle: by hand: N and K in 16 bytes of int16 words and of x; groups of 32, 64, whole tiles of 128, or a row."""
+    """Oracle: by hand: N and K in 16 bytes of int16 words and of x; groups of 32, 64, whole tiles of 128, or a row;
+    fewer than 2^31 scales."""
     assert hopper_takes(n, k, group) is expected
 
 
