@@ -14,8 +14,8 @@ itself (`warp_copies`): until the sums at the end warps never wait for each othe
 registers, STAGES ahead. Codes go into the MMA as they are, and scales and zero points into float32 sums of them and of
 x, so that one instruction makes two operands (`gluon_parts.bare_codes`): few tokens are bound by instructions wherever
 the words are there before x is. A thread's 8 neighbouring words are the left operand of `mma.sync` for k_width = 8, and
-8 neighbouring inputs of x the right one, so nothing is shuffled. The weight's copies are started before the wait for the
-previous kernel (programmatic dependent launch): weights do not depend on it, and as many stages as there are arrive
+8 neighbouring inputs of x the right one, so nothing is shuffled. The weight's copies are started before the wait for
+the previous kernel (programmatic dependent launch): weights do not depend on it, and as many stages as there are arrive
 while that still computes.
 
 A whole decode step (`compress.decoder`) is a chain of such products with little between them, and a launch costs as
