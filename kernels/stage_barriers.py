@@ -57,25 +57,24 @@ def announce(stage, n_bytes, live, FIRST: gl.constexpr, BASE: gl.constexpr):  # 
 
 
 @gluon.jit
-def _wait(offset, phase, live):  # type: ignore[no-untyped-def]
+def _wait(offset, phase):  # type: ignore[no-untyped-def]
     gl.inline_asm_elementwise(
-        "{.reg .pred p, q; .reg .b32 a; setp.eq.u32 q, $3, 0; mov.b32 a, global_smem; add.s32 a, a, $1; @q bra out; "
-        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra again; out: mov.b32 $0, 0;}",
-        "=r,r,r,r", [gl.to_tensor(offset), gl.to_tensor(phase), gl.to_tensor(live).to(gl.int32)],
-        dtype=gl.int32, is_pure=False, pack=1,
+        "{.reg .pred p; .reg .b32 a; mov.b32 a, global_smem; add.s32 a, a, $1; "
+        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2; @!p bra again; mov.b32 $0, 0;}",
+        "=r,r,r", [gl.to_tensor(offset), gl.to_tensor(phase)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def wait_ready(stage, phase, live, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
-    """If live: until the copies of a stage are there."""
-    _wait(BASE + 8 * stage, phase, live)
+def wait_ready(stage, phase, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the copies of a stage are there."""
+    _wait(BASE + 8 * stage, phase)
 
 
 @gluon.jit
 def wait_empty(stage, phase, BASE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     """Until all warps are done with a stage."""
-    _wait(BASE + 8 * STAGES + 8 * stage, phase, True)
+    _wait(BASE + 8 * STAGES + 8 * stage, phase)
 
 
 @gluon.jit

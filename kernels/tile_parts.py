@@ -1,6 +1,6 @@
 """What the two tiled kernels share, `w4a16_tiled` and `w4a16_producer`.
 
-Which tile a program computes, how a tile's words and scales become the left operand of the MMA, how a tile leaves.
+Which tile a program computes, its shared memory and copies, how words and scales are loaded, how a tile leaves.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     stage = 0
     phase = 0
     for t in range(first, last):
-        wait_ready(stage, phase, True, BASE)
+        wait_ready(stage, phase, BASE)
         words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
         # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
@@ -197,7 +197,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
         behind = stage - 1
         if behind < 0:
             behind = STAGES - 1
-        wait_ready(stage, phase, True, BASE)
+        wait_ready(stage, phase, BASE)
         words = load_words(words_smem.index(stage), BLOCK_N, WARPS, CTAS, A)
         for g in gl.static_range(4):
             w = part_of_tile(words, columns, g // 2, g % 2, 2, PARTS, HAS_ZERO, DTYPE, A)

@@ -1,4 +1,4 @@
-"""W4A16 with warpgroup MMAs on Hopper, from M = 17 to prefill: the dequantized weight never leaves the registers.
+"""W4A16 with warpgroup MMAs on Hopper, from M = 9 to prefill: the dequantized weight never leaves the registers.
 
 The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M
 tokens:
