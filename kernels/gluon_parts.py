@@ -74,6 +74,13 @@ def _minus_base(zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-
     return (-base - zero).to(DTYPE)
 
 
+@gluon.constexpr_function
+def _within_reach(p, half):  # type: ignore[no-untyped-def]
+    """PTX that shifts two int16 words in t so that nibble p is lowest, or in float16 the second lowest for odd p."""
+    bits = p // 2 * 8 if half else p * 4
+    return "shr.b32 t, t, " + str(bits) + "; " if bits else ""
+
+
 @gluon.jit
 def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
     """Nibble p of int16 words minus the zero point: exact small integers in DTYPE (float16 or bfloat16).
@@ -83,9 +90,6 @@ def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: i
     the shifts are gone. zero: float32, broadcasts against words.
     """
     half: gl.constexpr = gl.float16 == DTYPE
-    bits: gl.constexpr = (p // 2 * 8) if half else p * 4
-    count: gl.constexpr = "4; " if bits == 4 else ("8; " if bits == 8 else "12; ")
-    shift: gl.constexpr = "" if bits == 0 else "shr.b32 t, t, " + count
     unbias: gl.constexpr = (
         (
             "lop3.b32 t, t, 0x00f000f0, 0x64006400, 0xea; mov.b32 k, 0x2c002c00; fma.rn.f16x2 $0, t, k, $2;}"
@@ -95,7 +99,7 @@ def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: i
         if half
         else "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 k, 0x3f803f80; fma.rn.bf16x2 $0, t, k, $2;}"
     )
-    asm: gl.constexpr = "{.reg .b32 t, k; mov.b32 t, $1; " + shift + unbias
+    asm: gl.constexpr = "{.reg .b32 t, k; mov.b32 t, $1; " + _within_reach(p, half) + unbias
     minus_base = _minus_base(zero, p, DTYPE)
     # `dtype` must be a literal: the call does not unwrap a constexpr
     if half:
@@ -116,9 +120,9 @@ def scaled_slice(words, scale, p: gl.constexpr):  # type: ignore[no-untyped-def]
     """
     by = scale * (2048.0 if p % 2 else 32768.0)
     minus = scale * -0.015625
-    shift: gl.constexpr = "shr.b32 t, t, 8; " if p >= 2 else ""
     mask: gl.constexpr = "and.b32 t, t, 0x00f000f0; " if p % 2 else "and.b32 t, t, 0x000f000f; "
-    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + shift + mask + "fma.rn.f16x2 $0, t, $2, $3;}"
+    take: gl.constexpr = _within_reach(p, True) + mask + "fma.rn.f16x2 $0, t, $2, $3;}"
+    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + take
     return gl.inline_asm_elementwise(asm, "=r,r,r,r", [words, by, minus], dtype=gl.float16, is_pure=True, pack=2)
 
 
@@ -128,15 +132,12 @@ def bare_codes(words, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-
     code alone, a subnormal number (16 times that for odd p), in bfloat16 128 + code. `without_zero` makes weights of
     the sums."""
     half: gl.constexpr = gl.float16 == DTYPE
-    bits: gl.constexpr = (p // 2 * 8) if half else p * 4
-    count: gl.constexpr = "4; " if bits == 4 else ("8; " if bits == 8 else "12; ")
-    shift: gl.constexpr = "" if bits == 0 else "shr.b32 t, t, " + count
     take: gl.constexpr = (
         ("and.b32 $0, t, 0x00f000f0;}" if p % 2 else "and.b32 $0, t, 0x000f000f;}")
         if half
         else "lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}"
     )
-    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + shift + take
+    asm: gl.constexpr = "{.reg .b32 t; mov.b32 t, $1; " + _within_reach(p, half) + take
     if half:
         codes = gl.inline_asm_elementwise(asm, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
     else:
@@ -160,6 +161,18 @@ def without_zero(even, odd, x_sums, zero, DTYPE: gl.constexpr):  # type: ignore[
     else:
         part = even - x_sums * (zero + 128.0)
     return part
+
+
+@gluon.constexpr_function
+def parts_of(group):  # type: ignore[no-untyped-def]
+    """Scale groups in a tile of K."""
+    return 1 if group >= 128 else 128 // group
+
+
+@gluon.constexpr_function
+def fields_of(group, has_zero):  # type: ignore[no-untyped-def]
+    """Scales of a tile and a row, and zeros behind them where there are any."""
+    return parts_of(group) * (2 if has_zero else 1)
 
 
 @gluon.jit

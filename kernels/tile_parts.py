@@ -21,6 +21,7 @@ from compress.kernels.gluon_parts import (
     cluster_bases,
     cluster_rank,
     load_row,
+    parts_of,
     pdl_launch_next,
     pdl_wait,
     scale_group,
@@ -46,29 +47,23 @@ class TiledConfig:
     producer: bool = False
 
     @property
-    def stage_bytes(self) -> int:
-        """Shared memory of all stages."""
-        return _sizes(self)[0]
-
-    @property
     def ctas(self) -> int:
         """Programs of a cluster."""
-        return _sizes(self)[1]
+        return _sizes(self)[0]
 
     @property
     def memory_bytes(self) -> int:
         """Shared memory of stages, mail and mbarriers."""
-        return _sizes(self)[2]
+        return _sizes(self)[1]
 
 
 @cache
-def _sizes(config: TiledConfig) -> tuple[int, int, int]:
-    """stage_bytes, ctas and memory_bytes: kept, for a launch asks for them and what kernels share is slow to call."""
+def _sizes(config: TiledConfig) -> tuple[int, int]:
+    """ctas and memory_bytes: kept, for a launch asks for them and what kernels share is slow to call."""
     m, n = config.block_m, config.block_n
-    stages = config.stages * int(bytes_of_stage(m, n))
     ctas = min(config.cluster, config.split_k)
-    ctas = ctas if sums_fit(m, n, ctas, stages) else 1
-    return stages, ctas, int(_memory_units(m, n, config.stages, ctas)) * _UNIT
+    ctas = ctas if sums_fit(m, n, ctas, config.stages * int(bytes_of_stage(m, n))) else 1
+    return ctas, int(_memory_units(m, n, config.stages, ctas)) * _UNIT
 
 
 @gluon.constexpr_function
@@ -170,12 +165,6 @@ def load_columns(scale_ptr, zero_ptr, part_of_unit, t, rn, N, K, tiles,
         for s in gl.static_range(PARTS):
             columns = columns + (load_row(zero_ptr, scale_group(t, s, tiles, K, GROUP), rn, N, EVEN_N),)
     return columns
-
-
-@gluon.constexpr_function
-def parts_of(group):  # type: ignore[no-untyped-def]
-    """Scale groups in a tile of K."""
-    return 1 if group >= 128 else 128 // group
 
 
 @gluon.constexpr_function

@@ -18,7 +18,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from compress.kernels.gluon_parts import SCALED_UNIT, scaled_slice, slice_weights
+from compress.kernels.gluon_parts import SCALED_UNIT, fields_of, parts_of, scaled_slice, slice_weights
 from compress.kernels.stage_barriers import arrive_empty, wait_ready
 from compress.kernels.tile_parts import (
     barrier_offset,
@@ -28,7 +28,6 @@ from compress.kernels.tile_parts import (
     load_words,
     mma_layout,
     next_stage,
-    parts_of,
     row_unit,
     rows_of_operand,
     tiles_ahead,
@@ -135,7 +134,7 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
     BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
     AHEAD: gl.constexpr = tiles_ahead(GROUP)
     acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
@@ -184,7 +183,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
     MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS
+    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
     AHEAD: gl.constexpr = tiles_ahead(GROUP)
     BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS)
     acc = gl.zeros((BLOCK_N // 2, BLOCK_M), gl.float32, MMA)

@@ -47,6 +47,8 @@ from compress.kernels.decode_reference import Around, Stream
 from compress.kernels.gluon_parts import (
     bare_codes,
     codes_unit,
+    fields_of,
+    parts_of,
     pdl_launch_next,
     pdl_wait,
     scale_group,
@@ -177,9 +179,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
     PAIRS: gl.constexpr = _words_layout(WARPS, BLOCK_N)
     X: gl.constexpr = _x_layout(WARPS, BLOCK_M)
-    PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP  # scale groups a tile
+    PARTS: gl.constexpr = parts_of(GROUP)
     SLICES: gl.constexpr = 4 // PARTS
-    FIELDS: gl.constexpr = 2 * PARTS if HAS_ZERO else PARTS  # scales of a tile, then zeros
+    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
     BYTES: gl.constexpr = BLOCK_N * 64
     KERNEL: gl.constexpr = "_decode_kernel"
 
