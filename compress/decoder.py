@@ -177,7 +177,7 @@ class Decoder:
 
             if isinstance(part.weight, w4a16.KernelWeight):
                 return w4a16.matmul(x, part.weight, part.bias, self.pdl)
-            return wna16.matmul(x, part.weight, part.bias)
+            return wna16.matmul(x, part.weight, part.bias, self.pdl)
         return part(x)
 
     @torch.no_grad()

@@ -1,15 +1,15 @@
 """Which path computes y = x W^T: the rules of QuantLinear's Backend.AUTO, as pure functions.
 
     CUDA, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
-        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS). On Hopper 4 bits have no
-        limit where its own kernels take the shape (`hopper_takes`): they keep up with cuBLAS
+        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS). On Hopper 8 and 4 bits
+        have no limit where its own kernels take the shape (`hopper_takes`): they keep up with cuBLAS
     CPU, 4 bits, groups of 32/64/128/256 inputs (or one scale a row), N a multiple of 16, bfloat16 activations:
         CPU_INT4 up to CPU_INT4_MAX_TOKENS rows of x; above, DEQUANT
     everything else: DEQUANT
 
 ATen's int4 matmul takes float32 and float16 activations too, but is scalar code there and slower than dequantizing, so
 AUTO never takes it; named explicitly it runs. So does W8A8, which AUTO never takes because it rounds activations.
-NOTES.md has the measurements behind the limits for 4 bits; that of the other widths is not yet measured.
+NOTES.md has the measurements behind the limits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from compress.quant import Granularity, QuantScheme
 log = logging.getLogger(__name__)
 
 CPU_INT4_MAX_TOKENS = 64
-TRITON_MAX_TOKENS = 512
-# 8, 3 and 2 bits; not yet measured
-WNA16_MAX_TOKENS = 256
+# by bits, of the portable kernels
+TRITON_MAX_TOKENS = {8: 512, 4: 512, 3: 128, 2: 512}
+HOPPER_BITS = (8, 4)
 # Gluon is an experimental language, whose names change from one Triton to the next.
 GLUON_TRITON = "3.6"
 NO_LIMIT = 1 << 30
@@ -77,18 +77,18 @@ def hopper_kernels(device: torch.device) -> bool:
     return problem is None
 
 
-def hopper_takes(n: int, k: int, group_size: int) -> bool:
-    """Whether the Hopper kernels take a 4-bit weight [n, k]: copies in rows of 16 bytes, scale groups that tile 128
-    inputs or are tiled by them, fewer than 2^31 scales. A group_size of k or more is one scale a row."""
-    groups_fit = group_size in (32, 64) or group_size % 128 == 0 or group_size >= k
+def hopper_takes(n: int, k: int, group_size: int, bits: int = 4) -> bool:
+    """Whether the Hopper kernels take a weight [n, k]: 8 or 4 bits, copies in rows of 16 bytes, scale groups that tile
+    128 inputs or are tiled by them, fewer than 2^31 scales. A group_size of k or more is one scale a row. A byte's 64
+    inputs are dequantized at once, so of 8 bits no groups of 32."""
+    groups_fit = group_size in ((32, 64) if bits == 4 else (64,)) or group_size % 128 == 0 or group_size >= k
+    groups_fit = groups_fit and bits in HOPPER_BITS
     return n % 8 == 0 and k % 8 == 0 and groups_fit and n * -(-k // group_size) < 2**31
 
 
 def triton_max_tokens(bits: int, hopper: bool = False) -> int:
     """Rows of x up to which AUTO runs the weight-only kernel on a GPU; hopper: one of its own kernels will run."""
-    if bits == 4:
-        return NO_LIMIT if hopper else TRITON_MAX_TOKENS
-    return WNA16_MAX_TOKENS
+    return NO_LIMIT if hopper else TRITON_MAX_TOKENS[bits]
 
 
 def backend_problem(
@@ -133,7 +133,7 @@ def choose_backend(
     if device_type == "cuda":
         group_size = scheme.group_size if scheme.granularity is Granularity.GROUP else shape[1]
         fused = Backend.TRITON
-        limit = triton_max_tokens(scheme.bits, hopper and hopper_takes(*shape, group_size))
+        limit = triton_max_tokens(scheme.bits, hopper and hopper_takes(*shape, group_size, scheme.bits))
     elif device_type == "cpu" and dtype is torch.bfloat16:
         fused, limit = Backend.CPU_INT4, CPU_INT4_MAX_TOKENS
     else:

@@ -13,6 +13,9 @@ Mail lies behind the stages, so that who is done may send to who still multiplie
 is that its programs run. Mail of two programs, half of a tile, is too large for that: it lies in the stages, behind a
 program's own sums, and may be sent when both are done with them.
 
+Where `sharers` programs, of neighbouring tiles, get x by one copy (`stage_barriers`), a cluster holds the programs of
+all these tiles, and number s * sharers + r has share s of the K of tile r. Those of one r add up.
+
 Gluon of Triton 3.6 has no name for the shared memory of another program, nor for the address of its own: offsets count
 from the begin of what Triton allocates (`global_smem`), in PTX. A kernel that comes here allocates its stages and
 `mail_bytes` behind them as one, which is by far the largest and therefore first.
@@ -61,10 +64,10 @@ def sums_fit(block_m: int, block_n: int, split: int, stage_bytes: int) -> bool:
 
 
 @gluon.constexpr_function
-def _sum_layout(columns, warps, ctas):  # type: ignore[no-untyped-def]
-    """[tokens, columns] float32 dealt out to the cluster by tokens, 16 bytes a thread along the columns."""
+def _sum_layout(columns, warps, split, sharers):  # type: ignore[no-untyped-def]
+    """[tokens, sharers * columns] float32 dealt out to the cluster, 16 bytes a thread along the columns."""
     wide = columns // 4 if columns < 128 else 32
-    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(ctas, 2))
+    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(split, sharers))
 
 
 @gluon.jit
@@ -79,28 +82,38 @@ def _wait():  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def open_mail(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Before all else, by the warps that will `add_up`: a mailbox behind the stages opens as soon as a program runs."""
+def open_cluster(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SHARERS: gl.constexpr,
+                 STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Before all else but `open_stages`, by the warps that will `add_up`: a mailbox behind the stages, and mbarriers
+    that others arrive at, are there as soon as a program runs."""
     if SPLIT > 2:
         _open_mailbox(
             _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES), (SPLIT - 1) * _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
         )
+    attend_opening(SPLIT, SHARERS)
+
+
+@gluon.jit
+def attend_opening(SPLIT: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """`open_cluster`'s part for all other warps of a program: the cluster's barriers count every warp."""
+    if SPLIT > 2 or SHARERS > 1:
         _arrive()
 
 
 @gluon.jit
-def attend_opening(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
-    """`open_mail`'s part for all other warps of a program: the cluster's barriers count every warp."""
-    if SPLIT > 2:
-        _arrive()
+def wait_for_sharers(SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until all that share x have opened their mbarriers: once in each warp, before `add_up` or `depart`."""
+    if SHARERS > 1:
+        _wait()
 
 
 @gluon.jit
-def attend_sums(SPLIT: gl.constexpr):  # type: ignore[no-untyped-def]
-    """`add_up`'s and `depart`'s part for them. A mailbox in the stages opens only there."""
-    if SPLIT == 2:
+def attend_sums(SPLIT: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """`add_up`'s and `depart`'s part for all other warps, behind `wait_for_sharers`."""
+    if SPLIT == 2:  # a mailbox in the stages opens only there
         _arrive()
-    _wait()
+    if SPLIT == 2 or SHARERS == 1:
+        _wait()
     _arrive()
     _wait()
 
@@ -126,19 +139,22 @@ def _store(offset, value):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _send(rank, split, share, mbarrier, mail):  # type: ignore[no-untyped-def]
-    """Copy share t of this program's sums to program t of the cluster, there behind `mail` and the mail of the programs
-    before this one; thread t does. What was stored is visible to copies behind a fence."""
+def _send(rank, first, step, split, share, mbarrier, mail):  # type: ignore[no-untyped-def]
+    """Copy share t of this program's sums to the t-th of those that add up, number first + t step of the cluster, there
+    behind `mail` and the mail of those before this one, the rank-th; thread t does. What was stored is visible to
+    copies behind a fence."""
     gl.inline_asm_elementwise(
-        "{.reg .pred p, before; .reg .b32 t, base, from, to, box; mov.u32 t, %tid.x; mov.b32 base, global_smem; "
+        "{.reg .pred p, before; .reg .b32 t, base, from, to, box, who; mov.u32 t, %tid.x; mov.b32 base, global_smem; "
         "setp.lt.u32 p, t, $2; setp.ne.and.u32 p, t, $1, p; setp.lt.u32 before, t, $1; "
         "mad.lo.s32 from, t, $3, base; "
         "selp.b32 to, -1, 0, before; add.s32 to, to, $1; mad.lo.s32 to, to, $3, base; add.s32 to, to, $5; "
-        "add.s32 box, base, $4; @p mapa.shared::cluster.u32 to, to, t; @p mapa.shared::cluster.u32 box, box, t; "
+        "add.s32 box, base, $4; mad.lo.s32 who, t, $7, $6; "
+        "@p mapa.shared::cluster.u32 to, to, who; @p mapa.shared::cluster.u32 box, box, who; "
         "@p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [from], $3, [box]; "
         "mov.b32 $0, 0;}",
-        "=r,r,r,r,r,r",
-        [gl.to_tensor(rank), gl.to_tensor(split), gl.to_tensor(share), gl.to_tensor(mbarrier), gl.to_tensor(mail)],
+        "=r,r,r,r,r,r,r,r",
+        [gl.to_tensor(rank), gl.to_tensor(split), gl.to_tensor(share), gl.to_tensor(mbarrier), gl.to_tensor(mail),
+         gl.to_tensor(first), gl.to_tensor(step)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -163,16 +179,19 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, WARPS: gl.constexpr,
-           STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Total float32 [BLOCK_M, BLOCK_N] of acc [BLOCK_N, BLOCK_M] of SPLIT programs, an equal share of its tokens in
-    each program, and tokens and columns within the tile. `depart` follows."""
+def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SHARERS: gl.constexpr,
+           WARPS: gl.constexpr, STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [BLOCK_N, BLOCK_M] of SPLIT programs for each of SHARERS tiles,
+    an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program in its
+    cluster. `depart` follows."""
     SHARE: gl.constexpr = _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
     TOKENS: gl.constexpr = BLOCK_M // SPLIT
     ROW: gl.constexpr = SHARE // TOKENS
     MAIL: gl.constexpr = _mail_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
     MBARRIER: gl.constexpr = _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
     ACC: gl.constexpr = acc.type.layout
+    wait_for_sharers(SHARERS)
+    share = rank // SHARERS
     gl.thread_barrier()  # other warps may have been reading what the stages held
     if SPLIT == 2:
         _open_mailbox(MBARRIER, SHARE)
@@ -182,18 +201,19 @@ def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.co
     _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
     fence_async_shared()
     gl.thread_barrier()
-    _wait()  # the mailboxes of all are open
-    _send(rank, SPLIT, SHARE, MBARRIER, MAIL)
+    if SPLIT == 2 or SHARERS == 1:
+        _wait()  # the mailboxes of all are open
+    _send(share, rank % SHARERS, SHARERS, SPLIT, SHARE, MBARRIER, MAIL)
     _wait_for_mail(MBARRIER)
     _arrive()  # what the others sent here they need no longer keep
 
-    L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT)
+    L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT, SHARERS)
     rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
-    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
-    at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn * 4, 0)
-    total = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, L)
+    rn = gl.arange(0, SHARERS * BLOCK_N, gl.SliceLayout(0, L))
+    at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
+    total = gl.zeros((BLOCK_M, SHARERS * BLOCK_N), gl.float32, L)
     for s in gl.static_range(SPLIT):
-        total += _load_fours(at + gl.where(s == rank, rank * SHARE, MAIL + (s - (s > rank).to(gl.int32)) * SHARE))
+        total += _load_fours(at + gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE))
     return total, rm, rn
 
 

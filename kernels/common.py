@@ -70,6 +70,11 @@ def on_operand_device(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def aligned(x: Tensor, weight: Any) -> bool:
+    """Whether bulk copies, which take whole 16 bytes, can begin where x and a weight's words do."""
+    return not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)
+
+
 def check_device(kernel: str, device: torch.device) -> None:
     problem = device_problem(device)
     if problem:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.kernels import timing, w8a8, wna16, wna16_layout
-from compress.kernels.choose import Backend, choose_backend
+from compress.kernels.choose import Backend, choose_backend, hopper_kernels
 from compress.kernels.contenders import Contender, dense_contenders, quantized_bits, zero_of
 from compress.kernels.problem import Problem
 from compress.quant import QuantScheme
@@ -53,7 +53,8 @@ def _weight_only_rows(p: Problem, dtype: torch.dtype, paths: bool) -> dict[str, 
 def _auto_linear(weight: Any, x: Tensor) -> Tensor:
     """y = x W^T as QuantLinear computes it from a PackedWeight."""
     scheme = QuantScheme(bits=weight.bits, group_size=weight.group_size)
-    if choose_backend("cuda", x.dtype, scheme, (weight.n, weight.k), x.shape[0]) is Backend.TRITON:
+    shape = (weight.n, weight.k)
+    if choose_backend("cuda", x.dtype, scheme, shape, x.shape[0], hopper_kernels(x.device)) is Backend.TRITON:
         return wna16.matmul(x, weight)
     return _dense_linear(weight, x)
 

@@ -12,12 +12,14 @@ blocks of BLOCK_T, and those dealt to at most SPLITS programs in whole blocks:
 
 Lengths are read from a device tensor, so one recorded launch serves every position: programs whose share is empty
 leave at once, and the last one with a share (the owner) also takes the new token, whose key and value it makes, uses
-from registers and writes to the cache. Each split leaves its unnormalized output, maximum and sum in a float32
-workspace; the last to arrive at a counter combines them in the order of the splits (the same bits every run) and
-resets the counter. Scores are kept in base 2.
+from registers and writes to the cache. Each split leaves its output and the logarithm of its sum of exponentials in a
+float32 workspace; the last to arrive at a counter combines them in the order of the splits (the same bits every run)
+and resets the counter. Scores and logarithms are in base 2.
 
-`pdl`: see `compress.kernels.pdl`; cached tokens are asked for before the wait, the kernel before does not write them.
-The interpreter has no inline PTX and no bfloat16 arithmetic: there nothing is prefetched, and products are float32.
+A step of one sequence waits for latency, not for bytes. With `pdl` (see `compress.kernels.pdl`) the first block of a
+share is loaded before the wait for the kernel before, which does not write cached tokens. After the wait all loads of
+the new token are issued before anything is computed.
+The interpreter has no inline PTX and no bfloat16 arithmetic: there products are float32.
 
 Twin: `compress.kernels.decode_reference.attention`. Runs under TRITON_INTERPRET=1 on a CPU.
 """
@@ -55,8 +57,9 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class AttentionWorkspace:
-    """What splits leave for each other. partial: float32 [B, KV, SPLITS, G, D]; stats: float32 [B, KV, SPLITS, 2, G],
-    maximum and sum; arrived: int32 [B, KV], zero between launches. Launches that follow each other may share it."""
+    """What splits leave for each other. partial: float32 [B, KV, SPLITS, G, D], outputs; stats: float32 [B, KV, G,
+    SPLITS], logarithms of sums; arrived: int32 [B, KV], zero between launches. Launches that follow each other may
+    share it."""
 
     partial: Tensor
     stats: Tensor
@@ -64,61 +67,116 @@ class AttentionWorkspace:
 
 
 @triton.jit
-def _rotated_heads(ptr, heads, live, norm_ptr, cos, sin, eps, D: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Rows `heads` [R] of [*, D] as float32 [R, D], normed and rotated. sin [D] is negative in the lower half."""
-    d = tl.arange(0, D)
-    partner = (d + D // 2) % D
-    rows = heads[:, None] * D
-    x = tl.load(ptr + rows + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-    y = tl.load(ptr + rows + partner[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+def _factors(cos, sin, norm_ptr, D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """What elements [R, D] of a head and their partners are multiplied by: the rotation, and the norm's weights."""
     if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        x = x * scale * tl.load(norm_ptr + d).to(tl.float32)[None, :]
-        y = y * scale * tl.load(norm_ptr + partner).to(tl.float32)[None, :]
-    return x * cos[None, :] + y * sin[None, :]
+        d = tl.arange(0, D)[None, :]
+        cos *= tl.load(norm_ptr + d).to(tl.float32)
+        sin *= tl.load(norm_ptr + (d + D // 2) % D).to(tl.float32)
+    return cos, sin
 
 
 @triton.jit
-def _fetch_to_l2(ptr, first, last, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Asks for the first block of rows [first, last) of [*, D]; 64 elements of two bytes are a line."""
-    rt = tl.arange(0, BLOCK_T)
-    rl = tl.arange(0, (D + 63) // 64)
-    row = tl.minimum(first + rt, tl.maximum(last - 1, first))
-    lines = ptr + row[:, None] * D + rl[None, :] * 64
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _load_heads(ptr, heads, D: tl.constexpr):
+    """Rows `heads` [R] of [*, D], and the same with their halves exchanged."""
+    d = tl.arange(0, D)[None, :]
+    rows = ptr + heads[:, None] * D
+    return tl.load(rows + d), tl.load(rows + (d + D // 2) % D)
+
+
+@triton.jit
+def _rotated(x, partner, cos, sin, eps, D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Heads of `_load_heads` normed and rotated with `_factors`, float32 [R, D]."""
+    x = x.to(tl.float32)
+    y = x * cos + partner.to(tl.float32) * sin
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+    return y
+
+
+@triton.jit
+def _over_and_over(x, ROWS: tl.constexpr):
+    """Rows [R, D] again and again -> [ROWS, D]."""
+    R: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[None, :, :], (ROWS // R, R, D)), (ROWS, D))
+
+
+@triton.jit
+def _load_block(keys, values, start, last, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Rows start .. start + BLOCK_T of keys and values [*, D]; zero from `last` on."""
+    rt = start + tl.arange(0, BLOCK_T)
+    at = rt.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :]
+    live = (rt < last)[:, None]
+    return tl.load(keys + at, mask=live, other=0.0), tl.load(values + at, mask=live, other=0.0)
+
+
+@triton.jit
+def _not_before_here(x):
+    """x, two bytes an element, as it is. Triton passes a loaded operand of `tl.dot` on to shared memory at once, and
+    would wait for it there; not past this."""
+    bits = x.to(tl.int16, bitcast=True)
+    bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.int16, is_pure=False, pack=2)
+    return bits.to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def _scores(q, k, start, last, scale_log2, BLOCK_T: tl.constexpr, DOT: tl.constexpr):
+    """[ROWS, BLOCK_T] of a block of `_load_block`, -inf from `last` on."""
+    live = start + tl.arange(0, BLOCK_T) < last
+    return tl.where(live[None, :], tl.dot(q.to(DOT), tl.trans(k.to(DOT))) * scale_log2, float("-inf"))
+
+
+@triton.jit
+def _fold(scores, v, top, total, acc, DOT: tl.constexpr):
+    """Maximum [ROWS], sum [ROWS] and output [ROWS, D] so far -> the same with one block more."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    p = tl.exp2(scores - new_top[:, None])
+    keep = tl.exp2(top - new_top)
+    acc = tl.dot(p.to(DOT), v.to(DOT), acc * keep[:, None])
+    return new_top, total * keep + tl.sum(p, axis=1), acc
+
+
+@triton.jit
+def _some_splits(
+    partial_ptr, stats_ptr, first, active,
+    GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Maximum [PAD], sum [PAD] and output [PAD, D] of splits first .. first + CHUNK, of those below `active`."""
+    group = tl.minimum(tl.arange(0, PAD), GROUP - 1)  # padding repeats the last head
+    d = tl.arange(0, D)
+    rs = first + tl.arange(0, CHUNK)
+    # Dimensions are in this order for every thread to add up splits by itself. No mask: a load takes a predicate, of
+    # which there are seven, and the eighth would wait.
+    at = group[:, None, None] * D + tl.minimum(rs, active - 1)[None, :, None] * (GROUP * D) + d[None, None, :]
+    # .cg: another multiprocessor wrote them, so not from this one's L1
+    part = tl.load(partial_ptr + at, cache_modifier=".cg")
+    in_row = tl.minimum(rs, SPLITS - 1) if SPLITS % CHUNK else rs
+    m = tl.load(stats_ptr + group[:, None] * SPLITS + in_row[None, :], cache_modifier=".cg")
+    m = tl.where((rs < active)[None, :], m, float("-inf"))
+    top = tl.max(m, axis=1)
+    weight = tl.exp2(m - top[:, None])
+    return top, tl.sum(weight, axis=1), tl.sum(part * weight[:, :, None], axis=1)
 
 
 @triton.jit
 def _combine_splits(
     partial_ptr, stats_ptr, out_ptr, active,
-    GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out [G, D] from `active` partial outputs [G, D], their maxima and sums [2, G], CHUNK at a time in order."""
-    rg = tl.arange(0, PAD)
-    group = tl.minimum(rg, GROUP - 1)  # padding repeats the last head
-    d = tl.arange(0, D)
-    top = tl.full((PAD,), float("-inf"), tl.float32)
-    total = tl.zeros((PAD,), tl.float32)
-    acc = tl.zeros((PAD, D), tl.float32)
-    for start in range(0, active, CHUNK):
-        rs = start + tl.arange(0, CHUNK)
-        live = rs < active
-        stat = stats_ptr + rs[:, None] * 2 * GROUP + group[None, :]
-        # .cg: another multiprocessor wrote them, so not from this one's L1
-        m = tl.load(stat, mask=live[:, None], other=float("-inf"), cache_modifier=".cg")
-        n = tl.load(stat + GROUP, mask=live[:, None], other=0.0, cache_modifier=".cg")
-        at = rs[:, None, None] * (GROUP * D) + group[None, :, None] * D + d[None, None, :]
-        part = tl.load(partial_ptr + at, mask=live[:, None, None], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(m, axis=0))
-        weight = tl.exp2(m - new_top[None, :])
-        keep = tl.exp2(top - new_top)
-        acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], axis=0)
-        total = total * keep + tl.sum(n * weight, axis=0)
-        top = new_top
-    out = acc / total[:, None]
-    tl.store(out_ptr + rg[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(rg < GROUP)[:, None])
+    """out [G, D] from `active` outputs [G, D] and the logarithms [G] of their sums, CHUNK at a time in order."""
+    top, total, acc = _some_splits(partial_ptr, stats_ptr, 0, active, GROUP, PAD, D, SPLITS, CHUNK)
+    if SPLITS > CHUNK:
+        for first in range(CHUNK, active, CHUNK):
+            m, n, part = _some_splits(partial_ptr, stats_ptr, first, active, GROUP, PAD, D, SPLITS, CHUNK)
+            new_top = tl.maximum(top, m)
+            keep, add = tl.exp2(top - new_top), tl.exp2(m - new_top)
+            acc = acc * keep[:, None] + part * add[:, None]
+            total = total * keep + n * add
+            top = new_top
+    out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
+    rg = tl.arange(0, PAD)[:, None]
+    tl.store(out_ptr + rg * D + tl.arange(0, D)[None, :], out, mask=rg < GROUP)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -144,67 +202,66 @@ def _attention_kernel(
     last = tl.minimum(first + share, position)
     keys = keys_ptr + pair * capacity * D
     values = values_ptr + pair * capacity * D
+    k, v = _load_block(keys, values, first, last, D, BLOCK_T)
+    rp = tl.arange(0, PAD)
     d = tl.arange(0, D)
-    cos = tl.load(cos_ptr + position * (D // 2) + d % (D // 2))
-    sin = tl.load(sin_ptr + position * (D // 2) + d % (D // 2))
+    # [PAD, D] of equal rows, here and of the new key and value: they lie in threads as q does and need not be moved
+    at = position * (D // 2) + d % (D // 2) + rp[:, None] * 0
+    cos = tl.load(cos_ptr + at)
+    sin = tl.load(sin_ptr + at)
     sin = tl.where(d < D // 2, -sin, sin)
-    if not INTERPRET:  # inline PTX; the first block is under way while q is made
-        _fetch_to_l2(keys, first, last, D, BLOCK_T)
-        _fetch_to_l2(values, first, last, D, BLOCK_T)
+    q_cos, q_sin = _factors(cos, sin, q_norm_ptr, D, HAS_NORM)
+    k_cos, k_sin = _factors(cos, sin, k_norm_ptr, D, HAS_NORM)
     if PDL:
         gdc_wait()
 
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     dot_dtype: tl.constexpr = tl.float32 if INTERPRET else dtype
     row = qkv_ptr + b.to(tl.int64) * ((GROUP + 2) * KV_HEADS * D)
+    k_row = GROUP * KV_HEADS + kv
+    # no branch for the owner of the new token: the others would wait for it anyway
+    v_new = tl.load(row + (k_row + KV_HEADS) * D + rp[:, None] * 0 + d)
+    q, q_partner = _load_heads(row, kv * GROUP + tl.minimum(rp, GROUP - 1), D)
+    k_new, k_partner = _load_heads(row, k_row + rp * 0, D)
+    if not INTERPRET:
+        k, v = _not_before_here(k), _not_before_here(v)
+    q = _rotated(q, q_partner, q_cos, q_sin, eps, D, HAS_NORM).to(dtype)
+    k_new = _rotated(k_new, k_partner, k_cos, k_sin, eps, D, HAS_NORM).to(dtype)
+    q_rows = _over_and_over(q, ROWS)
+    scores = _scores(q_rows, k, first, last, scale_log2, BLOCK_T, dot_dtype)
+    owner = split == active - 1  # of the new token
+    top = tl.where(owner, tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale_log2, float("-inf"))
+    top = tl.reshape(tl.broadcast_to(top[None, :], (ROWS // PAD, PAD)), (ROWS,))
+    total = tl.zeros((ROWS,), tl.float32) + tl.where(owner, 1.0, 0.0)
+    acc = _over_and_over(tl.where(owner, v_new, 0.0), ROWS).to(tl.float32)
+    free = position.to(tl.int64) * D + d + rp[:, None] * 0
+    writes = (rp == tl.where(owner, 0, PAD))[:, None]
+    tl.store(keys + free, k_new, mask=writes)
+    tl.store(values + free, v_new, mask=writes)
+    top, total, acc = _fold(scores, v, top, total, acc, dot_dtype)
+    if first + BLOCK_T < last:  # a loop that has nothing to do still works out the addresses of its first copies
+        for start in tl.range(first + BLOCK_T, last, BLOCK_T, num_stages=STAGES):
+            k, v = _load_block(keys, values, start, last, D, BLOCK_T)
+            scores = _scores(q_rows, k, start, last, scale_log2, BLOCK_T, dot_dtype)
+            top, total, acc = _fold(scores, v, top, total, acc, dot_dtype)
+
     rg = tl.arange(0, ROWS)
-    q = _rotated_heads(row, kv * GROUP + rg, rg < GROUP, q_norm_ptr, cos, sin, eps, D, HAS_NORM).to(dtype)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, D), tl.float32)
-    if split == active - 1:  # the owner of the new token
-        one = tl.zeros((1,), tl.int32)
-        k_row = GROUP * KV_HEADS + kv
-        k_new = _rotated_heads(row, k_row + one, one == 0, k_norm_ptr, cos, sin, eps, D, HAS_NORM).to(dtype)
-        v_new = tl.load(row + (k_row + KV_HEADS) * D + d[None, :])
-        at = position.to(tl.int64) * D + d[None, :]
-        tl.store(keys + at, k_new)
-        tl.store(values + at, v_new)
-        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale_log2
-        total = tl.full((ROWS,), 1.0, tl.float32)
-        acc = acc + v_new.to(tl.float32)
-
-    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
-        rt = start + tl.arange(0, BLOCK_T)
-        live = rt < last
-        at = rt.to(tl.int64)[:, None] * D + d[None, :]
-        k = tl.load(keys + at, mask=live[:, None], other=0.0)
-        scores = tl.dot(q.to(dot_dtype), tl.trans(k.to(dot_dtype))) * scale_log2  # [ROWS, BLOCK_T]
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
-        keep = tl.exp2(top - new_top)
-        v = tl.load(values + at, mask=live[:, None], other=0.0)
-        acc = tl.dot(p.to(dot_dtype), v.to(dot_dtype), acc * keep[:, None])
-        total = total * keep + tl.sum(p, axis=1)
-        top = new_top
-
+    rows_mask = (rg < GROUP)[:, None]
+    heads = rg[:, None] * D + d
     out = out_ptr + pair * (GROUP * D)
+    acc *= (1.0 / total)[:, None]
     if SPLITS == 1:
-        rows_mask = (rg < GROUP)[:, None]
-        tl.store(out + rg[:, None] * D + d[None, :], (acc / total[:, None]).to(dtype), mask=rows_mask)
+        tl.store(out + heads, acc.to(dtype), mask=rows_mask)
     else:
         partial = partial_ptr + pair * SPLITS * (GROUP * D)
-        stats = stats_ptr + pair * SPLITS * (2 * GROUP)
-        mine = split * GROUP * D + rg[:, None] * D + d[None, :]
-        tl.store(partial + mine, acc, mask=(rg < GROUP)[:, None])
-        tl.store(stats + split * 2 * GROUP + rg, top, mask=rg < GROUP)
-        tl.store(stats + split * 2 * GROUP + GROUP + rg, total, mask=rg < GROUP)
+        stats = stats_ptr + pair * SPLITS * GROUP
+        tl.store(partial + split * GROUP * D + heads, acc, mask=rows_mask)
+        tl.store(stats + rg * SPLITS + split, top + tl.log2(total), mask=rg < GROUP)
         tl.debug_barrier()  # all of this program's stores before its arrival
         before = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
         if before == active - 1:
             tl.store(arrived_ptr + pair, 0)
-            _combine_splits(partial, stats, out, active, GROUP, PAD, D, CHUNK)
+            _combine_splits(partial, stats, out, active, GROUP, PAD, D, SPLITS, CHUNK)
 
 
 def choose_attention(batch: int, n_kv_heads: int, head_dim: int, capacity: int, n_sms: int) -> AttentionConfig:
@@ -220,7 +277,7 @@ def make_workspace(batch: int, shape: HeadShape, splits: int, device: torch.devi
     lead = (batch, shape.n_kv_heads, splits if splits > 1 else 0)
     return AttentionWorkspace(
         torch.empty(*lead, group, shape.head_dim, dtype=torch.float32, device=device),
-        torch.empty(*lead, 2, group, dtype=torch.float32, device=device),
+        torch.empty(*lead[:2], group, lead[2], dtype=torch.float32, device=device),
         torch.zeros(batch, shape.n_kv_heads, dtype=torch.int32, device=device),
     )
 

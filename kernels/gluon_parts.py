@@ -44,21 +44,18 @@ def fetch_first_descriptor(kernel: gl.constexpr):  # type: ignore[no-untyped-def
 
 
 @gluon.constexpr_function
-def cluster_bases(split, rank):  # type: ignore[no-untyped-def]
+def cluster_bases(ctas, rank):  # type: ignore[no-untyped-def]
     """Bases of a layout over a cluster whose programs each hold a tensor of their own: the program's number moves
     nothing. Triton calls the cluster one program with `num_ctas`; what differs between its members is theirs to say."""
-    return cluster_shares(split, rank, 0)
+    return [[0] * rank for _ in range(ctas.bit_length() - 1)]
 
 
 @gluon.constexpr_function
-def cluster_shares(split, rank, step=1):  # type: ignore[no-untyped-def]
-    """Bases of a layout that deals dimension 0 of one tensor out to the programs of a cluster, an equal part each."""
-    bases = []
-    while split > 1:
-        bases.append([step] + [0] * (rank - 1))
-        step *= 2
-        split //= 2
-    return bases
+def cluster_shares(split, sharers):  # type: ignore[no-untyped-def]
+    """Bases of a layout that deals a tensor [tokens, sharers * columns] out to a cluster: each `sharers` neighbours get
+    the same tokens of columns of their own."""
+    columns = [[0, 1 << b] for b in range(sharers.bit_length() - 1)]
+    return columns + [[1 << b, 0] for b in range(split.bit_length() - 1)]
 
 
 @gluon.jit
@@ -106,6 +103,29 @@ def slice_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: i
         w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.float16, is_pure=True, pack=2)
     else:
         w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.bfloat16, is_pure=True, pack=2)
+    return w
+
+
+@gluon.jit
+def byte_weights(words, zero, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte p of int16 words minus the zero point: exact small integers in DTYPE (float16 or bfloat16).
+
+    A byte becomes mantissa bits of 1024 in float16. bfloat16 has 7 of them, so there it goes through those of float32:
+    2^23 + byte, and one instruction that rounds two differences, which are exact up to 255. zero: float32, broadcasts
+    against words.
+    """
+    if gl.float16 == DTYPE:
+        take: gl.constexpr = "prmt.b32 t, $1, 0x64646464, " + ("0x4341" if p else "0x4240") + "; "
+        asm: gl.constexpr = "{.reg .b32 t; " + take + "add.rn.f16x2 $0, t, $2;}"
+        minus_base = (-1024.0 - zero).to(gl.float16)
+        w = gl.inline_asm_elementwise(asm, "=r,r,r", [words, minus_base], dtype=gl.float16, is_pure=True, pack=2)
+    else:
+        first: gl.constexpr = "prmt.b32 a, $1, 0x4b000000, " + ("0x7651" if p else "0x7650") + "; "
+        second: gl.constexpr = "prmt.b32 b, $1, 0x4b000000, " + ("0x7653" if p else "0x7652") + "; "
+        round2: gl.constexpr = "add.rn.f32 a, a, $2; add.rn.f32 b, b, $3; cvt.rn.bf16x2.f32 $0, b, a;}"
+        wide: gl.constexpr = "{.reg .b32 a, b; " + first + second + round2
+        minus_wide = -8388608.0 - zero
+        w = gl.inline_asm_elementwise(wide, "=r,r,r,r", [words, minus_wide], dtype=gl.bfloat16, is_pure=True, pack=2)
     return w
 
 

@@ -7,6 +7,9 @@ into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES m
     ready[s]    at BASE + 8 s             a stage's copies arrive, once announced; warps wait
     empty[s]    at BASE + 8 (STAGES + s)  WARPS warps arrive that are done with the stage; who copies waits
 
+Where SHARERS programs of a cluster get x by one copy (`copy_to_sharers`), that copy may start when all of them are done
+with the stage: the warps of each arrive at empty[s] of each.
+
 `ready_of` is the same mbarrier as Triton's copies want it, from a view of the same memory. Order among a warp's other
 instructions is kept by volatile PTX; order among warps begins with a barrier behind `open_stages`.
 """
@@ -18,19 +21,21 @@ from triton.experimental import gluon
 
 
 @gluon.constexpr_function
-def _init_all(base, stages, warps):  # type: ignore[no-untyped-def]
+def _init_all(base, stages, warps, sharers):  # type: ignore[no-untyped-def]
     inits = ""
     for s in range(2 * stages):
-        count = 1 if s < stages else warps
+        count = 1 if s < stages else warps * sharers
         inits += "mbarrier.init.shared::cta.b64 [a + " + str(base + 8 * s) + "], " + str(count) + "; "
     head = "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; mov.b32 a, global_smem; @p bra out; "
-    return head + inits + "out: mov.b32 $0, 0;}"
+    fence = "fence.mbarrier_init.release.cluster; " if sharers > 1 else ""
+    return head + inits + fence + "out: mov.b32 $0, 0;}"
 
 
 @gluon.jit
-def open_stages(BASE: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Make the mbarriers, by thread 0; a fence for copies and a barrier for other warps are up to the caller."""
-    asm: gl.constexpr = _init_all(BASE, STAGES, WARPS)
+def open_stages(BASE: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Make the mbarriers, by thread 0; a fence for copies and a barrier for other warps are up to the caller, and one
+    of the cluster where x is shared."""
+    asm: gl.constexpr = _init_all(BASE, STAGES, WARPS, SHARERS)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -77,12 +82,51 @@ def wait_empty(stage, phase, BASE: gl.constexpr, STAGES: gl.constexpr):  # type:
     _wait(BASE + 8 * STAGES + 8 * stage, phase)
 
 
+@gluon.constexpr_function
+def _arrive_at(sharers):  # type: ignore[no-untyped-def]
+    at_all = (
+        "mov.u32 r, %cluster_ctarank; and.b32 r, r, " + str(-sharers) + "; add.u32 r, r, t; "
+        "mapa.shared::cluster.u32 a, a, r; @p mbarrier.arrive.shared::cluster.b64 _, [a]; "
+    )
+    return (
+        "{.reg .pred p; .reg .b32 a, t, r; mov.u32 t, %laneid; setp.lt.u32 p, t, " + str(sharers) + "; "
+        "setp.ne.and.u32 p, $2, 0, p; mov.b32 a, global_smem; add.s32 a, a, $1; "
+        + (at_all if sharers > 1 else "@p mbarrier.arrive.shared::cta.b64 _, [a]; ")
+        + "mov.b32 $0, 0;}"
+    )
+
+
 @gluon.jit
-def arrive_empty(stage, live, BASE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
-    """If live: this warp is done with a stage."""
+def arrive_empty(stage, live, BASE: gl.constexpr, STAGES: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """If live: this warp is done with a stage, which all that share x want to know. A program must not be told so that
+    may have ended: live only where the stage will be filled again."""
+    asm: gl.constexpr = _arrive_at(SHARERS)
     gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $2, 0, p; "
-        "mov.b32 a, global_smem; add.s32 a, a, $1; @p mbarrier.arrive.shared::cta.b64 _, [a]; mov.b32 $0, 0;}",
-        "=r,r,r", [gl.to_tensor(BASE + 8 * STAGES + 8 * stage), gl.to_tensor(live).to(gl.int32)],
+        asm, "=r,r,r", [gl.to_tensor(BASE + 8 * STAGES + 8 * stage), gl.to_tensor(live).to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _copy_to(kernel, sharers):  # type: ignore[no-untyped-def]
+    return (
+        "{.reg .pred p; .reg .b32 t, to, box; .reg .b16 all; .reg .b64 d; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
+        "setp.ne.and.u32 p, $5, 0, p; mov.b32 t, global_smem; add.s32 to, t, $1; add.s32 box, t, $2; "
+        "mov.u32 t, %cluster_ctarank; and.b32 t, t, " + str(-sharers) + "; shl.b32 t, " + str(2**sharers - 1) + ", t; "
+        "cvt.u16.u32 all, t; mov.b64 d, " + kernel + "_param_0; cvta.param.u64 d, d; "
+        "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[to], [d, {$3, $4}], [box], all; mov.b32 $0, 0;}"
+    )
+
+
+@gluon.jit
+def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, BASE: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """If live: start the copy of [row .., column ..] of the first parameter of the kernel of that name to an offset of
+    the shared memory of all that share x with this program, and of its bytes to their ready[stage]. By one warp."""
+    asm: gl.constexpr = _copy_to(kernel, SHARERS)
+    gl.inline_asm_elementwise(
+        asm, "=r,r,r,r,r,r",
+        [gl.to_tensor(offset), gl.to_tensor(BASE + 8 * stage), gl.to_tensor(column), gl.to_tensor(row),
+         gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip

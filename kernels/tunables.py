@@ -14,10 +14,13 @@ import torch
 
 from compress.kernels import w4a16, w4a16_decode, w4a16_tiled, w8a8, wna16, wna16_layout
 from compress.kernels.bench import MAX_ERROR
+from compress.kernels.choose import hopper_takes
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.contenders import zero_of
 from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
 from compress.kernels.problem import GROUP, W4G128, Problem, Scheme
+
+_ANY_K = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Tunable:
         return n % self.n_multiple == 0 and k % self.k_multiple == 0
 
     def computes(self, scheme: Scheme) -> bool:
-        return scheme.bits in self.bits and scheme.int8 == self.int8
+        fits = not self.hopper or hopper_takes(8, _ANY_K, scheme.group or _ANY_K, scheme.bits)
+        return scheme.bits in self.bits and scheme.int8 == self.int8 and fits
 
 
 def _w4a16_grid(m: int) -> Iterator[w4a16.Config]:
@@ -131,9 +135,19 @@ _TILES = {
 }
 
 
-def _tiled_grid(m: int) -> Iterator[w4a16_tiled.TiledConfig]:
+# the same for 8 bits, whose words take twice the room
+_BYTE_TILES = {
+    16: ((64, 4, 4), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 4, 6)),
+    32: ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 3)),
+    64: ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)),
+    128: ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (128, 8, 4)),
+    256: ((64, 4, 2), (128, 8, 2)),
+}
+
+
+def _tiled_grid(m: int, tiles: dict[int, Any], least: int) -> Iterator[w4a16_tiled.TiledConfig]:
     for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
-        for block_n, warps, stages in _TILES[block_m] if m > 8 else ():
+        for block_n, warps, stages in tiles[block_m] if m >= least else ():
             yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
 
 
@@ -142,18 +156,25 @@ def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> li
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
     shared = [(1, 1), *((s, c) for s in splits for c in (1, 2, 4, 8) if c <= s)]
     found = [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
-    return [c for c in found if c.ctas == c.cluster]
+    if m >= 256:  # where copies of x are what tiles wait for
+        found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
+    return [c for c in found if c.adders == c.cluster and c.shares_x == c.sharers]
 
 
-def _tiled_default(m: int, weight: w4a16.KernelWeight) -> w4a16_tiled.TiledConfig | None:
+def _tiled_rule(m: int, weight: Any) -> w4a16_tiled.TiledConfig:
     device = weight.words.device
-    return w4a16_tiled.choose_config(m, weight.n, weight.k, n_sms(device), shared_bytes(device)) if m > 8 else None
+    return w4a16_tiled.choose_config(m, weight.n, weight.k, n_sms(device), shared_bytes(device), weight.bits)
+
+
+def _tiled_fits(weight: Any, config: w4a16_tiled.TiledConfig) -> bool:
+    used = config.memory_bytes(weight.bits) + w4a16_tiled.HANDED_BYTES
+    return used <= shared_bytes(weight.words.device)
 
 
 TILED = replace(
-    DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=_tiled_grid, expand=_tiled_splits,
-    default=_tiled_default, k_multiple=8,
-    fits=lambda weight, config: config.memory_bytes + w4a16_tiled.HANDED_BYTES <= shared_bytes(weight.words.device),
+    DECODE, name="w4a16_tiled", config=w4a16_tiled.TiledConfig, grid=lambda m: _tiled_grid(m, _TILES, 9),
+    expand=_tiled_splits, default=lambda m, weight: _tiled_rule(m, weight) if m > 8 else None, k_multiple=8,
+    fits=_tiled_fits,
 )  # fmt: skip
 
 
@@ -178,6 +199,11 @@ WNA16 = replace(
     fits=_wna16_fits,
     hopper=None,
 )
+
+TILED_BYTES = replace(
+    WNA16, name="w8a16_tiled", config=w4a16_tiled.TiledConfig, bits=(8,), grid=lambda m: _tiled_grid(m, _BYTE_TILES, 1),
+    expand=_tiled_splits, default=_tiled_rule, n_multiple=8, k_multiple=8, fits=_tiled_fits, hopper=True,
+)  # fmt: skip
 
 
 def _w8a8_grid(m: int) -> Iterator[w8a8.Config]:
@@ -206,9 +232,12 @@ W8A8 = replace(
 )
 
 
-TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, W8A8)}
+TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, TILED_BYTES, W8A8)}
 
 
 def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:
-    """Names of the kernels that are chosen from for a scheme; hopper: on a GPU where the Hopper kernels run."""
-    return [name for name, t in TUNABLES.items() if t.computes(scheme) and t.hopper in (None, hopper)]
+    """Names of the kernels that are chosen from for a scheme; hopper: on a GPU where the Hopper kernels run, and where
+    one of them computes a scheme no other does."""
+    names = [name for name, t in TUNABLES.items() if t.computes(scheme) and t.hopper in (None, hopper)]
+    special = [name for name in names if TUNABLES[name].hopper]
+    return special or names

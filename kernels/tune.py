@@ -8,6 +8,8 @@ Metric: microseconds a call as in `compress.kernels.bench`; a configuration whos
                 by longer graphs, replayed in turns, so that a drifting clock does not choose
     --budget-s  seconds of timing for the whole run; each cell gets an equal share of what is left, and tries what the
                 tables have for it, then configurations in order of their distance from the kernel's own rule
+    --known     only configurations that a table has for any shape, dtype or scheme: another dtype or scheme is tuned in
+                a tenth of the time
 
 Prints the best of each cell and what the rule takes there. After each shape --out DIR keeps everything, and --table DIR
 adds the best of each cell to the table of this GPU and Triton version (`kernels/tables` is what is shipped), by dtype
@@ -15,6 +17,7 @@ and scheme: a run that is cut off keeps the shapes it finished.
 
     python -m compress.kernels.tune --dtype float16,bfloat16 --out DIR --table kernels/tables
     python -m compress.kernels.tune --schemes w8g128,w3g128,w2g128,w8a8 --shapes 4096x4096 --tokens 1,16 --budget-s 200
+    python -m compress.kernels.tune --schemes w4g128-asym,w4g32,w4-channel --known --table kernels/tables
 
 `search` is the same for one key within a budget of seconds, for machines without a table (COMPRESS_KERNEL_SEARCH=1).
 """
@@ -32,6 +35,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +65,20 @@ _FINAL_MS, _FINAL_REPLAYS = 2.0, 11
 # -- one cell ---------------------------------------------------------------------------------------------
 
 
-def candidates(tunable: Tunable, m: int, n: int, k: int, weight: Any) -> list[Any]:
+@cache
+def known_configs(kernel: str) -> frozenset[Any]:
+    """Every configuration of a kernel in the tables of this GPU and Triton version."""
+    table = table_file.load(dispatch.normalise_gpu(torch.cuda.get_device_name()), dispatch.triton_version())
+    found = (dispatch.as_config(entry.choice, kernel, TUNABLES[kernel].config) for entry in table.values())
+    return frozenset(config for config in found if config is not None)
+
+
+def candidates(tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool = False) -> list[Any]:
     """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
     default = tunable.default(m, weight)
     every = [full for c in tunable.grid(m) for full in tunable.expand(m, n, k, c) if tunable.fits(weight, full)]
+    if known:
+        every = [config for config in every if config in known_configs(tunable.name)]
     if default is None:
         return every
     changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))
@@ -101,6 +115,7 @@ class Weights:
     p: Problem
     dtype: torch.dtype
     tunables: list[Tunable]
+    known: bool = False
     _packed: dict[Any, list[Any]] = field(default_factory=dict)
 
     def copies(self, tunable: Tunable) -> list[Any]:
@@ -115,7 +130,11 @@ class Weights:
         A table's answer comes first because a new entry takes its place, however few the budget allows to be tried.
         """
         n, k = self.p.n, self.p.k
-        every = [[(t, c) for c in candidates(t, m, n, k, self.copies(t)[0])] for t in self.tunables if t.takes(n, k)]
+        every = [
+            [(t, c) for c in candidates(t, m, n, k, self.copies(t)[0], self.known)]
+            for t in self.tunables
+            if t.takes(n, k)
+        ]
         pairs = [pair for pairs in itertools.zip_longest(*every) for pair in pairs if pair is not None]
         present = self._present(m)
         return pairs if present is None else [present, *(pair for pair in pairs if pair != present)]
@@ -211,7 +230,7 @@ def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) ->
 
 # -- the full grid ----------------------------------------------------------------------------------------
 
-Task = tuple[str, Any, int, str, str, int]  # kernel, configuration, M, dtype, scheme, K
+Task = tuple[str, Any, int, str, str, int, bool]  # kernel, configuration, M, dtype, scheme, K, only what is known
 
 
 def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -> list[Task]:
@@ -224,13 +243,14 @@ def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -
         depths = {4096} if Scheme.parse(label).group else {k for _, k in args.shapes}
         for tunable, dtype, k, m in itertools.product(tunables, args.dtypes, sorted(depths), sorted(args.ms)):
             for config in tunable.grid(m):
-                tasks.setdefault((tunable.name, config, dtype, label, k), (tunable.name, config, m, dtype, label, k))
+                task = (tunable.name, config, m, dtype, label, k, args.known)
+                tasks.setdefault((tunable.name, config, dtype, label, k), task)
     return list(tasks.values())
 
 
 def _compile(task: Task) -> None:
     """Compile one kernel into Triton's disk cache by running it on small problems with the same specialization."""
-    kernel, config, m, dtype_name, label, k = task
+    kernel, config, m, dtype_name, label, k, known = task
     tunable, dtype, scheme = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label)
     # some kernels treat what is left over from whole waves of the machine in a way of its own
     wide = 2 * config.block_n * torch.cuda.get_device_properties("cuda").multi_processor_count + 512
@@ -238,7 +258,7 @@ def _compile(task: Task) -> None:
         p = scheme.problem(n, depth, "cuda")
         weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
         for full in tunable.expand(m, n, k, config):
-            if not tunable.fits(weight, full):
+            if not tunable.fits(weight, full) or (known and full not in known_configs(kernel)):
                 continue
             try:
                 tunable.launch(x, weight, full)
@@ -257,7 +277,7 @@ def tune_shape(
 ) -> list[dict[str, Any]]:
     """Cells of one weight in every dtype and at every M. share_s: seconds that the next cell may take."""
     results = []
-    packed = {dtype: Weights(p, getattr(torch, dtype), tunables) for dtype in args.dtypes}
+    packed = {dtype: Weights(p, getattr(torch, dtype), tunables, args.known) for dtype in args.dtypes}
     for m in args.ms:
         x = p.x(m)
         reference = p.reference(x)
@@ -316,6 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--kernels", help=f"comma list of {', '.join(TUNABLES)} (default: those that this GPU would use)"
     )
     parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds of timing, all cells together")
+    parser.add_argument("--known", action="store_true", help="only configurations that a table has for something else")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
     parser.add_argument("--out", type=Path, help="directory for tune_<dtypes>_<schemes>.json, every figure")
     parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")

@@ -37,7 +37,7 @@ Twin: `compress.kernels.reference.w4a16_linear`. Runs under TRITON_INTERPRET=1 o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -63,6 +63,7 @@ class KernelWeight:
     n: int
     k: int
     group_size: int
+    bits: ClassVar[int] = 4
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,7 @@ def configuration(x: Tensor, weight: KernelWeight) -> Any:
     """The measured choice for this GPU and shape, or the rule of the kernel that takes it."""
     m, n, k = x.shape[0], weight.n, weight.k
     hopper = hopper_kernels(x.device)
-    aligned = not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)  # bulk copies take whole 16 bytes
-    if not x.is_cuda or (hopper and not (aligned and hopper_takes(n, k, weight.group_size))):
+    if not x.is_cuda or (hopper and not (common.aligned(x, weight) and hopper_takes(n, k, weight.group_size))):
         return choose_config(m, n, k, common.n_sms(x.device))
     choice = dispatch.choose(x.device, x.dtype, 4, weight.group_size, weight.zero is None, n, k, m)
     if not hopper:

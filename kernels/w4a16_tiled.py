@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.cluster_sums import open_mail
+from compress.kernels.cluster_sums import open_cluster
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import open_stages
@@ -65,6 +65,7 @@ from compress.kernels.tile_parts import (
 from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
+from compress.kernels.wna16_layout import PackedWeight
 
 HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 
@@ -74,39 +75,40 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
     M, N, K, tiles, first_tile, per_split,
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-    CTAS: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP_N: gl.constexpr, CTAS: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
     dtype: gl.constexpr = x_desc.dtype
 
     fetch_first_descriptor("_tiled_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS)
+    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS, 1)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
-    words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, STAGES, CTAS)
+    words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)
+    open_stages(barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, CTAS), STAGES, WARPS, 1)
     if CTAS > 1:
-        open_mail(BLOCK_M, BLOCK_N, CTAS, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N))
-    open_stages(barrier_offset(BLOCK_M, BLOCK_N, STAGES, CTAS), STAGES, WARPS)
+        open_cluster(BLOCK_M, BLOCK_N, CTAS, 1, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N, BITS))
     fence_async_shared()
     gl.thread_barrier()
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   True, False, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
+                   True, False, True, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
-                                          BLOCK_N, WARPS, CTAS, dtype)  # fmt: skip
+                                          BLOCK_N, BITS, WARPS, CTAS, dtype)  # fmt: skip
     wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   False, True, True, BLOCK_M, BLOCK_N, STAGES, CTAS)  # fmt: skip
+                   False, True, True, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)  # fmt: skip
 
     acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
                          part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
-                         STAGES, WARPS, CTAS, True, dtype)  # fmt: skip
+                         BITS, STAGES, WARPS, CTAS, 1, True, dtype)  # fmt: skip
     if IS_TAIL and PDL:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N,
-          STAGES, SPLIT, WARPS, CTAS)  # fmt: skip
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, BITS,
+          STAGES, SPLIT, WARPS, CTAS, 1)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -133,15 +135,15 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def slots(config: TiledConfig, n_sms: int, shared_bytes: int) -> int:
+def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
     """Programs that run at once, each of a whole tile, which needs no mail: one or two a multiprocessor, by shared
     memory and registers."""
-    used = replace(config, split_k=1).memory_bytes + HANDED_BYTES
+    used = replace(config, split_k=1).memory_bytes(bits) + HANDED_BYTES
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
 @lru_cache(maxsize=4096)
-def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> TiledConfig:
+def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4) -> TiledConfig:
     """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle, in
     clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by side.
     Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
@@ -150,29 +152,34 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int) -> Tile
         block_m = max(16, 1 << (m - 1).bit_length())
         block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
     else:
-        block_m, block_n, warps = (128 if m <= 256 and n <= 8192 else 256), 128, 8
+        # three stages of 256 tokens and of 8 bits are more than a multiprocessor has
+        block_m, block_n, warps = (128 if bits == 8 or (m <= 256 and n <= 8192) else 256), 128, 8
     config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3, producer=True)
-    at_once, programs = slots(config, n_sms, shared_bytes), -(-n // block_n) * -(-m // block_m)
+    at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
     config = replace(config, split_k=split, cluster=split)
     # the machine keeps a kilobyte of each program's share; it has one more than it lets one have
     places = n_sms * min(
-        (shared_bytes + 1024) // (config.memory_bytes + HANDED_BYTES + 1024), producers_by_registers(config)
+        (shared_bytes + 1024) // (config.memory_bytes(bits) + HANDED_BYTES + 1024), producers_by_registers(config)
     )
     return config if split == 2 or rest * split <= 0.8 * places else replace(config, cluster=1)
 
 
-def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True) -> Tensor:
+def launch(
+    x: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, config: TiledConfig, pdl: bool = True
+) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if -(-n // config.block_n) % config.sharers:
+        config = replace(config, sharers=1)  # the last tile of N has no neighbour
     programs = -(-n // config.block_n) * -(-m // config.block_m)
     if split == 1:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
-    at_once = slots(config, n_sms(x.device), shared_bytes(x.device))
+    at_once = slots(config, n_sms(x.device), shared_bytes(x.device), weight.bits) // config.sharers * config.sharers
     whole = programs // at_once * at_once
     if whole:
         _launch_tiles(x, weight, bias, y, replace(config, split_k=1), 0, whole, pdl, before_tail=whole < programs)
@@ -188,20 +195,21 @@ def _copy_layout(ctas: int) -> gl.NVMMASharedLayout:
 
 
 def _launch_tiles(
-    x: Tensor, weight: KernelWeight, bias: Tensor | None, y: Tensor, config: TiledConfig, first_tile: int, n_tiles: int,
+    x: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, y: Tensor, config: TiledConfig, first_tile: int, n_tiles: int,
     pdl: bool, before_tail: bool = False, is_tail: bool = False,
 ) -> None:  # fmt: skip
     m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
-    tiles, workspace = weight.words.shape[0], None
-    ctas = config.ctas
-    if split > ctas:
+    tiles, workspace, bits = weight.words.shape[0], None, weight.bits
+    ctas, adders = config.ctas, config.adders
+    if split > adders:
         workspace = torch.empty(
-            n_tiles * split // ctas * config.block_m * config.block_n, dtype=torch.float32, device=x.device
+            n_tiles * split // adders * config.block_m * config.block_n, dtype=torch.float32, device=x.device
         )
     wide = _copy_layout(ctas)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
-    words_desc = TensorDescriptor(weight.words, [tiles * n // 2, 64], [64, 1], [config.block_n // 2, 64], wide)
+    rows = tiles * n * bits // 8  # of 128 bytes
+    words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
     if config.producer:
         launch_producer(
             x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, pdl, before_tail,
@@ -212,14 +220,15 @@ def _launch_tiles(
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
             -(-tiles // split),
             GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
-            EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
+            EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BITS=bits,
+            STAGES=config.stages,
             SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail,
             WARPS=config.warps, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
-    if split > ctas:
-        rows = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
-        _sum_kernel[(n_tiles, config.block_m // rows)](
+    if split > adders:
+        tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
+        _sum_kernel[(n_tiles, config.block_m // tokens)](
             workspace, bias, y, m, n, first_tile, HAS_BIAS=bias is not None, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, SPLIT=split // ctas, GROUP_N=GROUP_N, ROWS=rows, PDL=pdl, num_warps=4,
+            BLOCK_N=config.block_n, SPLIT=split // adders, GROUP_N=GROUP_N, ROWS=tokens, PDL=pdl, num_warps=4,
             launch_pdl=pdl,
         )  # fmt: skip

@@ -11,7 +11,8 @@ group a row the scale is applied once, after all of K.
       N   |  acc fp32   |   +=    W    [BLOCK_N, S] per slice, F slices a tile
           +-------------+
 
-`matmul` for few rows of x; for many, `dense` writes W once and cuBLAS does the rest. Twins:
+`matmul` for few rows of x; for many, `dense` writes W once and cuBLAS does the rest. On Hopper 8 bits are computed by
+`w4a16_tiled`, which takes their layout. Twins:
 `compress.kernels.reference.w4a16_linear` (for any bits) and `dequantize_weight`. Runs under TRITON_INTERPRET=1.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from compress.errors import ConfigError
 from compress.kernels import common, dispatch, wna16_layout
+from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.common import load_column, tile_of_program
 from compress.kernels.wna16_layout import PackedWeight, decode_slice, slice_k
 
@@ -159,14 +162,20 @@ def choose_config(weight: PackedWeight, m: int, sms: int, shared_bytes: int) -> 
     return Config(block_m, block_n, 1 << (split.bit_length() - 1), warps, stages)
 
 
-def configuration(x: Tensor, weight: PackedWeight) -> Config:
-    """The measured choice for this GPU, scheme and shape, or `choose_config` where no table answers."""
+def configuration(x: Tensor, weight: PackedWeight) -> Any:
+    """The measured choice for this GPU, scheme and shape, or the rule of the kernel that takes it where no table
+    answers: a `TiledConfig` for 8 bits on Hopper."""
     m, n, k, choice = x.shape[0], weight.n, weight.k, None
     if x.is_cuda:
         symmetric = weight.zero is None
         choice = dispatch.choose(x.device, x.dtype, weight.bits, weight.group_size, symmetric, n, k, m)
-    measured = dispatch.as_config(choice, "wna16", Config)
-    return measured or choose_config(weight, m, common.n_sms(x.device), common.shared_bytes(x.device))
+    sms, shared = common.n_sms(x.device), common.shared_bytes(x.device)
+    if hopper_kernels(x.device) and hopper_takes(n, k, weight.group_size, weight.bits) and common.aligned(x, weight):
+        from compress.kernels import w4a16_tiled
+
+        tiled = dispatch.as_config(choice, "w8a16_tiled", w4a16_tiled.TiledConfig)
+        return tiled or w4a16_tiled.choose_config(m, n, k, sms, shared, weight.bits)
+    return dispatch.as_config(choice, "wna16", Config) or choose_config(weight, m, sms, shared)
 
 
 def _check_weight(kernel: str, weight: PackedWeight, device: torch.device) -> None:
@@ -176,13 +185,14 @@ def _check_weight(kernel: str, weight: PackedWeight, device: torch.device) -> No
         raise ConfigError(problem)
 
 
-def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Any = None, pdl: bool = True) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in x's dtype; float32 accumulation. Twin: `reference.w4a16_linear`.
 
     Args:
         x: float16 or bfloat16 [M, K], contiguous, on the weight's device. M = 0 gives an empty result.
         bias: [N] or None.
-        config: instead of the measured choice (`configuration`).
+        config: a Config or TiledConfig instead of the measured choice (`configuration`).
+        pdl: programmatic dependent launch of the Hopper kernel (`pdl`); the portable kernel has none.
 
     Raises:
         ConfigError: a dtype, shape, stride or device that does not fit.
@@ -193,10 +203,14 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
     _check_weight(f"W{bits}A16", weight, x.device)
     common.check_operands(x, words, weight.scale, weight.zero, bias, weight.group_size)
     m = x.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    if m == 0 or n == 0:
+        return torch.empty(m, n, dtype=x.dtype, device=x.device)
     config = config or configuration(x, weight)
+    if not isinstance(config, Config):
+        from compress.kernels import w4a16_tiled
+
+        return w4a16_tiled.launch(x, weight, bias, config, pdl)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tiles, size = words.shape[0], slice_k(words, bits)
     per_split = -(-tiles // config.split_k)
     split = -(-tiles // per_split)
@@ -242,7 +256,8 @@ def launch_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 torch.library.define(
     "compress::wna16",
-    "(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size) -> Tensor",
+    "(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, bool pdl=True) -> "
+    "Tensor",
 )
 torch.library.define(
     "compress::wna16_dense",
@@ -253,15 +268,17 @@ torch.library.define(
 @torch.library.impl("compress::wna16", ["CUDA", "CPU"])
 @common.on_operand_device
 def _matmul_impl(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
-    return launch(x, PackedWeight(words, scale, zero, bits, words.shape[1], x.shape[1], group_size), bias)
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    pdl: bool = True,
+) -> Tensor:  # fmt: skip
+    return launch(x, PackedWeight(words, scale, zero, bits, words.shape[1], x.shape[1], group_size), bias, pdl=pdl)
 
 
 @torch.library.register_fake("compress::wna16")
 def _matmul_fake(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    pdl: bool = True,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], words.shape[1])
 
 
@@ -280,11 +297,11 @@ def _dense_fake(
     return scale.new_empty(words.shape[1], k, dtype=dtype)
 
 
-def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, pdl: bool = True) -> Tensor:
     """`launch` as the PyTorch operator `compress::wna16`, which torch.compile and CUDA graphs take as it is."""
     common.check_activations("WnA16", x, weight.k)
     w = weight
-    return torch.ops.compress.wna16(x, w.words, w.scale, w.zero, bias, w.bits, w.group_size)
+    return torch.ops.compress.wna16(x, w.words, w.scale, w.zero, bias, w.bits, w.group_size, pdl)
 
 
 def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

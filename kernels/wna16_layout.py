@@ -119,7 +119,11 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Packed
     def columns(t: Tensor) -> Tensor:
         return t.expand(n, groups).t().contiguous()
 
-    return PackedWeight(words, columns(scale), None if zero is None else columns(zero), bits, n, k, group_size)
+    weight = PackedWeight(words, columns(scale), None if zero is None else columns(zero), bits, n, k, group_size)
+    if codes.is_cuda:
+        # the Hopper kernels read weights before they wait for the kernel that precedes them, which may be one of these
+        torch.cuda.current_stream(codes.device).synchronize()
+    return weight
 
 
 def _or_fields(fields: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -325,7 +325,7 @@ def test_ours_is_what_auto_runs_on_both_sides_of_the_limit(monkeypatch: pytest.M
     product of the dequantized weight above. N = 44 is none that Hopper's own kernels take, which have no limit."""
     from compress.kernels import dequant
 
-    monkeypatch.setattr(choose, "TRITON_MAX_TOKENS", 4)
+    monkeypatch.setitem(choose.TRITON_MAX_TOKENS, 4, 4)
     p = Problem(44, 256, DEVICE)
     weight = w4a16.pack_kernel_layout(p.codes, p.scale.half(), None)
     for m, backend in ((4, Backend.TRITON), (5, Backend.DEQUANT)):
@@ -348,7 +348,7 @@ def harness_problem(n: int, k: int) -> SimpleNamespace:
 @pytest.mark.parametrize("index", [0, 1])
 def test_adapter_computes_every_m(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Oracle: the float64 product, from each copy, below and above the limit of the fused kernel."""
-    monkeypatch.setattr(choose, "TRITON_MAX_TOKENS", 4)
+    monkeypatch.setitem(choose.TRITON_MAX_TOKENS, 4, 4)
     made = peer_adapter.PEERS[index]()
     made.setup()
     P = harness_problem(44, 256)

@@ -153,6 +153,13 @@ def test_a_step_at_the_last_position() -> None:
     Step([79, 78], 4, 2, 32, 80, torch.float16, False).check(AttentionConfig(16, 3))
 
 
+def test_more_splits_than_are_combined_at_a_time() -> None:
+    """Oracle: the twin; of 32 heads of 128, two splits fit a program's registers, and five are there, three or five of
+    them with a share."""
+    for length in (40, 80 - 1):
+        Step([length], 32, 1, 128, 80, torch.float16, False).check(AttentionConfig(16, 5))
+
+
 def test_splits_fill_the_chip_and_no_more() -> None:
     """Oracle: the rule: about two programs a multiprocessor of an H100 (132), never a split without a block."""
     for batch, splits in ((1, 16), (4, 8), (16, 2), (64, 1), (512, 1)):

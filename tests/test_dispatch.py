@@ -556,6 +556,23 @@ def test_kernels_are_compiled_once_for_all_sizes() -> None:
     assert len(tune.compile_tasks({"w4g128": [decode], "w4g64": [decode]}, args)) == 4 * len(grid)
 
 
+def test_known_configurations_are_those_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the shipped table itself: of another scheme nothing but the rule and what it holds for some shape."""
+    on_h100(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6")
+    tune.known_configs.cache_clear()
+    p = Scheme.parse("w4g64-asym").problem(4096, 512, "cpu")
+    weight = tunables.TILED.pack(p, torch.float16)
+    found = tune.candidates(tunables.TILED, 64, 4096, 14336, weight, known=True)
+    table = table_file.load("H100", "3.6")
+    held = [dict(e.choice.config) for e in table.values() if e.choice.kernel == "w4a16_tiled"]
+    assert found[0] == tunables.TILED.default(64, weight) and all(vars(c) in held for c in found[1:])
+    every = tune.candidates(tunables.TILED, 64, 4096, 14336, weight)
+    assert {c for c in every if vars(c) in held} <= set(found) and 3 < len(found) < len(every) / 4
+    tune.known_configs.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
 from test_kernels import BOUND, problem
+from test_kernels_wide import problem as byte_problem
 
-from compress.kernels import w4a16
+from compress.kernels import w4a16, wna16, wna16_layout
 from compress.kernels.reference import dequantize_weight, relative_error, w4a16_linear
 from compress.kernels.tile_parts import TiledConfig
 from compress.kernels.w4a16_decode import DecodeConfig
@@ -59,6 +60,14 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
     (TiledConfig(64, 256, 8, 8, 4, 2, True), "fp16", 128, True, False, DECODE_N, DECODE_K, (30, 100)),
+    # two programs get x by one copy, where tiles of N are even in number
+    (TiledConfig(64, 64, 4, 4, 3, 4, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(64, 64, 4, 4, 3, 2, True, 2), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(64, 128, 8, 4, 3, 4, True, 2), "fp16", 32, True, False, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(64, 128, 1, 4, 3, 1, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(256, 128, 2, 8, 3, 2, True, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(16, 64, 4, 4, 4, 4, True, 2), "fp16", 128, False, True, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 64, 2, 4, 3, 2, True, 2), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
     # 300 tiles: 264 are a whole wave, then a tail
     (TiledConfig(64, 64, 2, 4, 3, 2), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
     (TiledConfig(64, 64, 4, 4, 3), "bf16", 128, True, False, (19200,), (2048,), (64,)),
@@ -86,6 +95,35 @@ def test_kernels_equal_the_twin_at_ragged_shapes(monkeypatch: pytest.MonkeyPatch
             with monkeypatch.context() as patch:
                 poison_empty(patch)
                 ys = [w4a16.launch(x, weight, b, config) for _ in range(3)]
+            assert relative_error(ys[0], w4a16_linear(x, codes, scale, zero, b)) < BOUND[DTYPES[dtype]], (m, n, k)
+            assert torch.equal(ys[0], ys[1]) and torch.equal(ys[0], ys[2]), (m, n, k)
+
+
+# the tiled kernels with weights of 8 bits; None: what a shape without a table takes
+BYTE_CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
+    (TiledConfig(16, 128, 8, 4, 3, 8, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (1, 13)),
+    (TiledConfig(64, 64, 4, 4, 3, 4, True), "bf16", 64, False, False, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(64, 128, 1, 4, 3), "fp16", None, False, True, DECODE_N, (1000,), (7, 100)),
+    (TiledConfig(128, 128, 2, 8, 3, 2, True), "bf16", 384, True, True, DECODE_N, (1152, 16512), (100, 300)),
+    (TiledConfig(256, 128, 1, 8, 2, 1, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (100, 300)),
+    (None, "fp16", 64, False, True, DECODE_N, DECODE_K, (1, 16, 100, 300)),
+]
+
+
+@pytest.mark.gpu("hopper")
+@pytest.mark.parametrize("case", BYTE_CASES, ids=lambda case: str(case[0]) + str(case[1:5]))
+def test_bytes_equal_the_twin_at_ragged_shapes(monkeypatch: pytest.MonkeyPatch, case: tuple[Any, ...]) -> None:
+    """Oracles: as above, for 8 bits."""
+    config, dtype, group, symmetric, use_bias, ns, ks, ms = case
+    for n, k in itertools.product(ns, ks):
+        every, codes, scale, zero, bias = byte_problem(8, max(ms), n, k, group, symmetric, DTYPES[dtype])
+        weight = wna16_layout.pack(codes, scale, None if symmetric else zero, 8)
+        for m in ms:
+            x, b = every[:m], bias if use_bias else None
+            assert isinstance(config or wna16.configuration(x, weight), TiledConfig)
+            with monkeypatch.context() as patch:
+                poison_empty(patch)
+                ys = [wna16.launch(x, weight, b, config) for _ in range(3)]
             assert relative_error(ys[0], w4a16_linear(x, codes, scale, zero, b)) < BOUND[DTYPES[dtype]], (m, n, k)
             assert torch.equal(ys[0], ys[1]) and torch.equal(ys[0], ys[2]), (m, n, k)
 

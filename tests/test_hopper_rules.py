@@ -49,16 +49,20 @@ def test_decode_rule_covers_m_and_fills_the_machine(m: int) -> None:
         assert config.block_n == (16 if m <= 8 else 32) or -(-n // config.block_n) >= 132
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 9, 16, 17, 32, 33, 64, 100, 128, 129, 256, 257, 1000, 4096])
-def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
+def test_tiled_rule_splits_what_would_stay_idle(m: int, bits: int) -> None:
     """Oracles: the grid that `tune` times; the tiles left over by whole waves, counted by division: they are split,
     into 4 tiles of K or more, no further than one wave takes."""
     for n, k in itertools.product(NS, (*KS, 1000)):
-        config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
-        assert m <= 8 or replace(config, split_k=1, cluster=1, producer=False) in set(tunables._tiled_grid(m))
-        assert config.ctas == config.cluster  # sums fit the stages
+        config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED, bits)
+        tunable = tunables.TILED if bits == 4 else tunables.TILED_BYTES
+        bare = replace(config, split_k=1, cluster=1, producer=False)
+        assert (bits == 4 and m <= 8) or bare in set(tunable.grid(m))
+        assert config.memory_bytes(bits) + w4a16_tiled.HANDED_BYTES <= H100_SHARED
+        assert config.adders == config.cluster  # sums fit the stages
         assert config.block_m >= min(m, 128)
-        at_once = w4a16_tiled.slots(config, 132, H100_SHARED)
+        at_once = w4a16_tiled.slots(config, 132, H100_SHARED, bits)
         left = -(-n // config.block_n) * -(-m // config.block_m) % at_once
         if config.split_k > 1:
             assert 0 < left * config.split_k <= at_once and config.split_k * 4 <= -(-k // 128)
@@ -81,7 +85,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int) -> None:
 )
 def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> None:
     """Oracle: stages, and mail with mbarriers rounded up to a KiB, by hand."""
-    assert (config.ctas, config.memory_bytes) == (ctas, expected * 1024)
+    assert (config.ctas, config.memory_bytes()) == (ctas, expected * 1024)
 
 
 def test_tiled_rule_at_known_shapes() -> None:
@@ -130,14 +134,17 @@ def test_shapes_that_hopper_takes(n: int, k: int, group: int, expected: bool) ->
     """Oracle: by hand: N and K in 16 bytes of int16 words and of x; groups of 32, 64, whole tiles of 128, or a row;
     fewer than 2^31 scales."""
     assert hopper_takes(n, k, group) is expected
+    assert hopper_takes(n, k, group, 8) is (expected and group != 32) and not hopper_takes(n, k, group, 3)
 
 
 @pytest.mark.parametrize(("hopper", "expected"), [(False, ["w4a16"]), (True, ["w4a16_decode", "w4a16_tiled"])])
 def test_kernels_to_tune(hopper: bool, expected: list[str]) -> None:
-    """Oracle: by hand; widths but 4 bits have one kernel for every GPU."""
+    """Oracle: by hand; 3 and 2 bits, groups that the Hopper kernels do not take and int8 have one for every GPU."""
     assert tunables.usable(hopper) == expected
-    for label, kernel in (("w8g128", "wna16"), ("w3-channel", "wna16"), ("w2g64-asym", "wna16"), ("w8a8", "w8a8")):
+    for label, kernel in (("w8g32", "wna16"), ("w3-channel", "wna16"), ("w2g64-asym", "wna16"), ("w8a8", "w8a8")):
         assert tunables.usable(hopper, Scheme.parse(label)) == [kernel]
+    for label in ("w8g128", "w8-channel", "w8g64-asym"):
+        assert tunables.usable(hopper, Scheme.parse(label)) == (["w8a16_tiled"] if hopper else ["wna16"])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
@@ -335,7 +342,7 @@ def test_a_decode_thread_holds_the_inputs_that_its_words_meet(warps: int, tokens
 def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -> None:
     """Oracle: PTX ISA, wgmma.m64nNk16: of 16 columns, lane 4 r + q of warp w holds 2 q, 2 q + 1 and those 8 further, of
     rows 16 w + r and 16 w + r + 8; here 32 words side by side, and 16 warps rows later the same again."""
-    layout = tile_parts.words_layout(rows, warps, 1)
+    layout = tile_parts.words_layout(rows, 4, warps, 1)
     holders = placement(layout)
     assert layout.shape == [rows // 2, 64] and set(holders) == elements(layout.shape)
     for (pair, column), (register, lane, warp) in holders.items():
@@ -343,3 +350,14 @@ def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -
         assert warp == row // 16 % warps
         assert lane == row % 8 * 4 + word % 8 // 2
         assert register == row // (16 * warps) * 16 + word // 8 * 4 + row % 16 // 8 * 2 + word % 2
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 4), (128, 8)])
+def test_a_tiled_thread_holds_bytes_as_wgmma_reads_them(rows: int, warps: int) -> None:
+    """Oracle: as above, of 64 words side by side."""
+    layout = tile_parts.words_layout(rows, 8, warps, 1)
+    holders = placement(layout)
+    assert layout.shape == [rows, 64] and set(holders) == elements(layout.shape)
+    for (row, word), (register, lane, warp) in holders.items():
+        assert (warp, lane) == (row // 16 % warps, row % 8 * 4 + word % 8 // 2)
+        assert register == row // (16 * warps) * 32 + word // 8 * 4 + row % 16 // 8 * 2 + word % 2
