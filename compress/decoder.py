@@ -124,8 +124,7 @@ class Decoder:
         model = self.model
         # no PDL: the launch before may be a copy
         x, stream = self.ops.rms_norm(model.embedding, model.layers[0].norm_in, model.eps, ids=self.tokens)
-        x = self._fused_layers(x, stream) if self.fused else self._layers(x, stream)
-        logits = self._project(model.head, x)
+        logits = self._fused_layers(x, stream) if self.fused else self._project(model.head, self._layers(x, stream))
         self.positions.add_(1)
         return logits
 
@@ -143,7 +142,8 @@ class Decoder:
         return x
 
     def _fused_layers(self, x: Tensor, stream: Tensor) -> Tensor:
-        """Five launches a layer: products take over norms, residual sums and SiLU (`decode_reference.Around`)."""
+        """Five launches a layer: products take over norms, residual sums and SiLU (`decode_reference.Around`). Returns
+        the logits."""
         model, eps = self.model, self.model.eps
         norms = [layer.norm_in for layer in model.layers[1:]] + [model.norm]
         squares = None
@@ -152,8 +152,10 @@ class Decoder:
             middle = self._around(layer.out, attended, Around(residual=stream, norm=layer.norm_mid))
             hidden = self._around(layer.gate_up, middle.normed, Around(middle.squares, eps, silu=True))
             stream, x, squares = self._around(layer.down, hidden, Around(residual=middle.h, norm=norm))
-        # the head is dense and knows nothing of squares
-        return self.ops.rms_norm(stream, model.norm, eps, pdl=self.pdl)[0]
+        head = model.head.parts[0]
+        if self.batch == 1 and len(model.head.parts) == 1 and isinstance(head, Dense) and head.bias is None:
+            return self.ops.dense_behind_norm(x, head.weight, squares, eps, pdl=self.pdl)
+        return self._project(model.head, self.ops.rms_norm(stream, model.norm, eps, pdl=self.pdl)[0])
 
     def _around(self, linear: FusedLinear, x: Tensor, around: Around) -> Any:
         (part,) = linear.parts
@@ -258,16 +260,17 @@ class _Kernels:
     """The Triton kernels with what they need besides a step's operands, under the names of their twins."""
 
     def __init__(self, decoder: Decoder, config: Any, pdl: bool | None) -> None:
-        from compress.kernels import decode_attention, decode_ops, w4a16_decode
+        from compress.kernels import common, decode_attention, decode_ops, dense_decode, w4a16_decode
         from compress.kernels import pdl as pdl_launch
 
         device, heads = decoder.positions.device, decoder.model.heads
         n_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self.config = config or decode_attention.choose_attention(
-            decoder.batch, heads.n_kv_heads, heads.head_dim, decoder.capacity, n_sms
+            decoder.batch, heads.n_kv_heads, heads.head_dim, decoder.capacity, n_sms, common.shared_bytes(device)
         )
         self.workspace = decode_attention.make_workspace(decoder.batch, heads, self.config.splits, device)
         self.pdl = pdl_launch.supported(device) if pdl is None else pdl
         self.rms_norm, self.silu_mul = decode_ops.rms_norm, decode_ops.silu_mul
         self.linear_around = w4a16_decode.linear_around
+        self.dense_behind_norm = dense_decode.dense_behind_norm
         self.attention = partial(decode_attention.attention, config=self.config, workspace=self.workspace, pdl=self.pdl)

@@ -1,8 +1,8 @@
 """Which path computes y = x W^T: the rules of QuantLinear's Backend.AUTO, as pure functions.
 
     CUDA, group a multiple of 32 or one scale a row, float16/bfloat16 activations:
-        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS). On Hopper 8 and 4 bits
-        have no limit where its own kernels take the shape (`hopper_takes`): they keep up with cuBLAS
+        TRITON up to `triton_max_tokens` rows of x; above, DEQUANT (one kernel, then cuBLAS). On Hopper 4 bits have no
+        limit where its own kernels take the shape (`hopper_takes`): they keep up with cuBLAS
     CPU, 4 bits, groups of 32/64/128/256 inputs (or one scale a row), N a multiple of 16, bfloat16 activations:
         CPU_INT4 up to CPU_INT4_MAX_TOKENS rows of x; above, DEQUANT
     everything else: DEQUANT
@@ -26,7 +26,7 @@ from compress.quant import Granularity, QuantScheme
 log = logging.getLogger(__name__)
 
 CPU_INT4_MAX_TOKENS = 64
-# by bits, of the portable kernels
+# by bits; of 4 bits the portable kernel's
 TRITON_MAX_TOKENS = {8: 512, 4: 512, 3: 128, 2: 512}
 HOPPER_BITS = (8, 4)
 # Gluon is an experimental language, whose names change from one Triton to the next.
@@ -88,7 +88,7 @@ def hopper_takes(n: int, k: int, group_size: int, bits: int = 4) -> bool:
 
 def triton_max_tokens(bits: int, hopper: bool = False) -> int:
     """Rows of x up to which AUTO runs the weight-only kernel on a GPU; hopper: one of its own kernels will run."""
-    return NO_LIMIT if hopper else TRITON_MAX_TOKENS[bits]
+    return NO_LIMIT if hopper and bits == 4 else TRITON_MAX_TOKENS[bits]
 
 
 def backend_problem(

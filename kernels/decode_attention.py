@@ -264,11 +264,23 @@ def _attention_kernel(
             _combine_splits(partial, stats, out, active, GROUP, PAD, D, SPLITS, CHUNK)
 
 
-def choose_attention(batch: int, n_kv_heads: int, head_dim: int, capacity: int, n_sms: int) -> AttentionConfig:
-    """Blocks of 64 tokens, and about two programs a multiprocessor as long as each has a block; pure."""
-    block_t = 64 if head_dim <= 128 else 32
-    splits = 2 * n_sms // (batch * n_kv_heads)
-    return AttentionConfig(block_t, max(1, min(splits, -(-capacity // block_t))), num_warps=2)
+def choose_attention(
+    batch: int, n_kv_heads: int, head_dim: int, capacity: int, n_sms: int, shared_bytes: int
+) -> AttentionConfig:
+    """About two programs a multiprocessor as long as each has a block, or one where pairs of sequence and KV head alone
+    are more than half of that; pure. Measured on an H100 within a decode step (NOTES.md).
+
+    Programs that find a multiprocessor each should not share one: there, they ask for so many stages, most of which
+    they do not need, that two do not fit.
+    """
+    pairs, block_t = batch * n_kv_heads, 64 if head_dim <= 128 else 32
+    stage_bytes = 4 * block_t * head_dim  # keys and values, two bytes an element
+    splits = 2 * n_sms // pairs
+    if n_sms // 2 < pairs <= n_sms and 6 * stage_bytes <= shared_bytes:
+        block_t, splits = 2 * block_t, 1
+    splits = max(1, min(splits, -(-capacity // block_t)))
+    alone = splits > 1 and splits * pairs <= n_sms and 6 * stage_bytes <= shared_bytes
+    return AttentionConfig(block_t, splits, num_warps=4, num_stages=6 if alone else 3)
 
 
 def make_workspace(batch: int, shape: HeadShape, splits: int, device: torch.device) -> AttentionWorkspace:

@@ -11,6 +11,8 @@ Twins: `compress.kernels.decode_reference`. Runs under TRITON_INTERPRET=1 on a C
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +117,7 @@ def silu_mul(gate_up: Tensor, interleaved: bool = False, pdl: bool = False) -> T
     return out
 
 
-def check_operands(x: Tensor, others: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+def check_operands(x: Tensor, others: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """x is a matrix the kernels take; every other operand has the shape beside it; all contiguous, on one device.
 
     Raises:

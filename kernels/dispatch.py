@@ -10,11 +10,12 @@
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
        kernel's multiples divide the asked N and K.
 
-At equal distance an entry of the asked dtype comes before one of another.
+At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
+of the asked dtype before another's: what is fastest hangs on the shape first.
 
-Nothing else is guessed: another GPU, another Triton version (a kernel may not compile there) or another scheme gives
-None, and the caller's own rule, which needs no table, decides. An H200 reads the H100's table where it has none: the
-two have the same chip and different memory.
+Nothing else is guessed: another GPU, another Triton version (a kernel may not compile there) or another number of bits
+gives None, and the caller's own rule, which needs no table, decides. An H200 reads the H100's table where it has none:
+the two have the same chip and different memory.
 
 `choose` is the hot path: microseconds, because answers are kept by their raw arguments. It belongs inside an operator's
 implementation, where M is a number; torch.compile traces only the operator's fake.
@@ -123,7 +124,7 @@ def nearest(key: Key, table: Table) -> tuple[Key, Entry] | None:
 
 def _serves(entry: Entry, other: Key, key: Key) -> bool:
     return (
-        (other.gpu, other.triton, other.scheme) == (key.gpu, key.triton, key.scheme)
+        (other.gpu, other.triton, _width(other.scheme)) == (key.gpu, key.triton, _width(key.scheme))
         and key.m <= other.m <= key.m * MAX_BUCKET_RATIO
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
@@ -132,10 +133,16 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
     )
 
 
-def _distance(other: Key, key: Key) -> tuple[float, bool, Key]:
+def _width(scheme: str) -> str:
+    """Bits of weights, and of activations where they are rounded: "w4" or "w8a8"."""
+    found = re.match(r"w\d(a8)?", scheme)
+    return found[0] if found else scheme
+
+
+def _distance(other: Key, key: Key) -> tuple[float, bool, bool, Key]:
     """Octaves of N and K first, then those of M; the key itself last, so that ties do not hang on a table's order."""
     shape = abs(math.log2(other.n / key.n)) + abs(math.log2(other.k / key.k))
-    return shape + math.log2(other.m / key.m) / 64, other.dtype != key.dtype, other
+    return shape + math.log2(other.m / key.m) / 64, other.scheme != key.scheme, other.dtype != key.dtype, other
 
 
 def lookup(key: Key) -> Choice | None:
@@ -152,7 +159,8 @@ def explain(key: Key) -> str:
     other, entry = found
     if other == key:
         return f"measured: {entry.us:.1f} us"
-    return f"measured at {other.n}x{other.k}, M={other.m}, {other.dtype} on {other.gpu}: {entry.us:.1f} us"
+    scheme = "" if other.scheme == key.scheme else f"{other.scheme}, "
+    return f"measured at {other.n}x{other.k}, M={other.m}, {scheme}{other.dtype} on {other.gpu}: {entry.us:.1f} us"
 
 
 def _find(key: Key) -> tuple[Key, Entry] | None:

@@ -360,7 +360,7 @@ def config_between_others(n: int, k: int) -> DecodeConfig:
     if n >= 8192:
         return DecodeConfig(8, 32, 4, 2)
     if k > 8192:
-        return DecodeConfig(8, 16, 8, 1, 4)
+        return DecodeConfig(8, 32, 8, 2, registers=168)
     return DecodeConfig(8, 16, 8, 2) if n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=168)
 
 

@@ -152,8 +152,8 @@ def max_registers(config: TiledConfig) -> int:
 
 def launch_producer(
     x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
-    weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int, n_tiles: int,
-    config: TiledConfig, pdl: bool, before_tail: bool, is_tail: bool,
+    weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
+    n_tiles: int, config: TiledConfig, pdl: bool, before_tail: bool, is_tail: bool,
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas

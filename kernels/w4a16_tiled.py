@@ -1,7 +1,8 @@
 """W4A16 with warpgroup MMAs on Hopper, from M = 9 to prefill: the dequantized weight never leaves the registers.
 
 The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M
-tokens:
+tokens. With BITS = 8 the layout is that of `wna16_layout`: [BLOCK_N, 64] words, a byte of each half of a tile of K;
+8 bits are computed here from M = 1 on.
 
     words [BLOCK_N, 32] --bulk copy--> shared --ldmatrix--> registers --lop3, add, mul--> left operand  \\
                                                                                            wgmma += [BLOCK_N, BLOCK_M]
@@ -24,6 +25,8 @@ where there are few, are computed by split_k programs each, which share out K an
 `cluster` of them run side by side on neighbouring multiprocessors and add up through each other's shared memory
 (`cluster_sums`). A cluster needs room for all of its programs at once, which costs more where each runs long; what
 several clusters or programs leave of a tile, a second kernel adds up. Both add in order: the same bits every run.
+
+Copies of x for two neighbouring tiles of N may be one (`TiledConfig.sharers`): it pays where many tokens are copied.
 
 Where whole waves come first, the split tiles are a launch of their own that fills the machine as those drain.
 
@@ -154,7 +157,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     else:
         # three stages of 256 tokens and of 8 bits are more than a multiprocessor has
         block_m, block_n, warps = (128 if bits == 8 or (m <= 256 and n <= 8192) else 256), 128, 8
-    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 else 3, producer=True)
+    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
     at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
@@ -195,8 +198,8 @@ def _copy_layout(ctas: int) -> gl.NVMMASharedLayout:
 
 
 def _launch_tiles(
-    x: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, y: Tensor, config: TiledConfig, first_tile: int, n_tiles: int,
-    pdl: bool, before_tail: bool = False, is_tail: bool = False,
+    x: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, y: Tensor, config: TiledConfig,
+    first_tile: int, n_tiles: int, pdl: bool, before_tail: bool = False, is_tail: bool = False,
 ) -> None:  # fmt: skip
     m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
     tiles, workspace, bits = weight.words.shape[0], None, weight.bits

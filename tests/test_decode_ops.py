@@ -17,7 +17,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
 from compress.errors import ConfigError, EnvironmentProblem  # noqa: E402
-from compress.kernels import decode_attention, decode_ops, pdl  # noqa: E402
+from compress.kernels import decode_attention, decode_ops, dense_decode, pdl  # noqa: E402
 from compress.kernels import decode_reference as twin  # noqa: E402
 from compress.kernels.decode_attention import AttentionConfig  # noqa: E402
 from compress.kernels.reference import relative_error  # noqa: E402
@@ -161,10 +161,34 @@ def test_more_splits_than_are_combined_at_a_time() -> None:
 
 
 def test_splits_fill_the_chip_and_no_more() -> None:
-    """Oracle: the rule: about two programs a multiprocessor of an H100 (132), never a split without a block."""
-    for batch, splits in ((1, 16), (4, 8), (16, 2), (64, 1), (512, 1)):
-        assert decode_attention.choose_attention(batch, 8, 128, 1024, 132).splits == splits
-    assert decode_attention.choose_attention(1, 8, 128, 64, 132).splits == 1
+    """Oracle: by hand: two programs a multiprocessor of an H100 (132), one where pairs are 67 to 132, never a split
+    without a block; six stages of 32 KiB where each has one to itself, unless a smaller GPU has no room for them."""
+    choose = decode_attention.choose_attention
+    h100, small = 232448, 101376
+    found = {b: choose(b, 8, 128, 1024, 132, h100) for b in (1, 2, 4, 16, 64, 512)}
+    assert {b: (c.block_t, c.splits, c.num_stages) for b, c in found.items()} == {
+        1: (64, 16, 6), 2: (64, 16, 3), 4: (64, 8, 3), 16: (128, 1, 3), 64: (64, 1, 3), 512: (64, 1, 3),
+    }  # fmt: skip
+    assert choose(1, 8, 128, 64, 132, h100) == AttentionConfig(64, 1, 4, 3)
+    assert choose(1, 8, 256, 1024, 132, h100).block_t == 32
+    for b in (1, 16, 64):
+        config = choose(b, 8, 128, 1024, 132, small)
+        assert config.block_t == 64 and config.num_stages == 3
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "k"), [(70, 2600), (32, 64), (200, 2048)])
+def test_a_dense_product_behind_a_norm_equals_its_twin(n: int, k: int, dtype: torch.dtype) -> None:
+    """Oracle: `decode_reference.dense_behind_norm` in float64; edges of N and K inside a tile."""
+    x, weight = random(1, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    squares = random(5, 1, dtype=torch.float32, seed=2).square() * k / 5
+    expected = twin.dense_behind_norm(x.double(), weight.double(), squares.double(), 1e-5)
+    for use_pdl in {False, pdl.supported(DEVICE)}:
+        found = dense_decode.dense_behind_norm(x, weight, squares, 1e-5, use_pdl)
+        assert relative_error(found, expected) < BOUND[dtype]
+    for bad in ((x, weight[:, 1:], squares), (x, weight.float(), squares), (x.repeat(2, 1), weight, squares)):
+        with pytest.raises(ConfigError):
+            dense_decode.dense_behind_norm(*bad, 1e-5)
 
 
 def test_unfit_operands_are_refused() -> None:
@@ -209,7 +233,7 @@ def test_shapes_of_real_models_on_a_gpu(use_pdl: bool, dtype: torch.dtype) -> No
         use_pdl = False
     for heads, kv, norms in ((32, 8, False), (16, 8, True)):
         for lengths in ([1000], [0, 511, 512, 1023], [700] * 16):
-            config = decode_attention.choose_attention(len(lengths), kv, 128, 1024, 132)
+            config = decode_attention.choose_attention(len(lengths), kv, 128, 1024, 132, 232448)
             Step(lengths, heads, kv, 128, 1024, dtype, norms).check(config, use_pdl)
     x, weight, residual = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(16, 4096), (4096,), (16, 4096)]))
     expected, stream = twin.rms_norm(x, weight, 1e-5, residual.clone())
@@ -225,7 +249,7 @@ def test_attention_in_a_graph_follows_its_positions() -> None:
     step = Step([0, 40], 32, 8, 128, 1024, torch.float16, False)
     for states in step.cache:
         states.copy_(torch.randn_like(states))
-    config = decode_attention.choose_attention(2, 8, 128, 1024, 132)
+    config = decode_attention.choose_attention(2, 8, 128, 1024, 132, 232448)
     workspace = decode_attention.make_workspace(2, step.shape, config.splits, DEVICE)
     operands = (step.qkv, step.rope, step.positions, step.cache, step.shape)
     decode_attention.attention(*operands, config=config, workspace=workspace)  # compiles before the capture

@@ -125,13 +125,19 @@ def test_a_neighbour_is_taken_only_if_its_kernel_takes_the_shape() -> None:
     assert nearest(key(n=4352, k=4096 + 64), table)[1].us == 2
 
 
-def test_dtype_yields_to_shape_and_nothing_else_yields() -> None:
-    """Oracle: the other 16-bit dtype serves where its own is missing; another GPU, Triton or scheme never does."""
+def test_dtype_and_groups_yield_to_shape_and_nothing_else_yields() -> None:
+    """Oracle: the other 16-bit dtype serves where its own is missing, and so do other groups and zero points; another
+    GPU, Triton or number of bits never does."""
     table = {key(dtype="float16"): entry(1), key(dtype="bfloat16", n=8192): entry(2)}
     assert nearest(key(dtype="bfloat16"), table)[1].us == 1
     assert nearest(key(dtype="bfloat16", n=8192), table)[1].us == 2
-    for other in ({"gpu": "A100"}, {"triton": "9.8"}, {"scheme": "w4g128 asym"}, {"scheme": "w4g64 sym"}):
+    for other in ({"gpu": "A100"}, {"triton": "9.8"}, {"scheme": "w8g128 sym"}, {"scheme": "w4a8 channel sym"}):
         assert nearest(key(**other), table) is None, other
+    table[key(scheme="w4g64 asym", n=8192)] = entry(3)
+    for scheme in ("w4g128 asym", "w4g64 sym", "w4 channel asym"):
+        assert nearest(key(scheme=scheme), table)[1].us == 1
+    assert nearest(key(scheme="w4g64 asym", n=8192), table)[1].us == 3
+    assert nearest(key(scheme="w4g64 asym", dtype="bfloat16", n=8192 + 64), table)[1].us == 3  # scheme before dtype
 
 
 def test_h200_reads_the_table_of_h100_where_it_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
