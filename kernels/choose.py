@@ -81,8 +81,9 @@ def hopper_takes(n: int, k: int, group_size: int, bits: int = 4) -> bool:
     """Whether the Hopper kernels take a weight [n, k]: 8 or 4 bits, copies in rows of 16 bytes, scale groups that tile
     128 inputs or are tiled by them, fewer than 2^31 scales. A group_size of k or more is one scale a row. A byte's 64
     inputs are dequantized at once, so of 8 bits no groups of 32."""
+    if bits not in HOPPER_BITS:
+        return False
     groups_fit = group_size in ((32, 64) if bits == 4 else (64,)) or group_size % 128 == 0 or group_size >= k
-    groups_fit = groups_fit and bits in HOPPER_BITS
     return n % 8 == 0 and k % 8 == 0 and groups_fit and n * -(-k // group_size) < 2**31
 
 

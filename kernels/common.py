@@ -75,6 +75,13 @@ def aligned(x: Tensor, weight: Any) -> bool:
     return not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what made a weight's layout: the Hopper kernels read weights before they wait for the kernel that
+    precedes them, which may be one of those."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def check_device(kernel: str, device: torch.device) -> None:
     problem = device_problem(device)
     if problem:

@@ -275,11 +275,11 @@ def choose_attention(
     """
     pairs, block_t = batch * n_kv_heads, 64 if head_dim <= 128 else 32
     stage_bytes = 4 * block_t * head_dim  # keys and values, two bytes an element
-    splits = 2 * n_sms // pairs
-    if n_sms // 2 < pairs <= n_sms and 6 * stage_bytes <= shared_bytes:
+    splits, six_fit = 2 * n_sms // pairs, 6 * stage_bytes <= shared_bytes
+    if six_fit and n_sms // 2 < pairs <= n_sms:
         block_t, splits = 2 * block_t, 1
     splits = max(1, min(splits, -(-capacity // block_t)))
-    alone = splits > 1 and splits * pairs <= n_sms and 6 * stage_bytes <= shared_bytes
+    alone = six_fit and splits > 1 and splits * pairs <= n_sms
     return AttentionConfig(block_t, splits, num_warps=4, num_stages=6 if alone else 3)
 
 

@@ -104,9 +104,7 @@ def pack_kernel_layout(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Ker
 
     scales = torch.cat([columns(scale), _units(scale).expand(n)[None]])
     weight = KernelWeight(words.contiguous(), scales, None if zero is None else columns(zero), n, k, group_size)
-    if codes.is_cuda:
-        # the Hopper kernels read weights before they wait for the kernel that precedes them, which may be one of these
-        torch.cuda.current_stream(codes.device).synchronize()
+    common.settle(codes.device)
     return weight
 
 

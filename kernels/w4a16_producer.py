@@ -162,8 +162,7 @@ def launch_producer(
         first_tile, -(-tiles // split),
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BITS=weight.bits,
-        STAGES=config.stages,
-        SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail, WARPS=config.warps,
-        CTAS=ctas, SHARERS=config.shares_x, num_warps=config.warps, num_ctas=ctas,
+        STAGES=config.stages, SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail,
+        WARPS=config.warps, CTAS=ctas, SHARERS=config.shares_x, num_warps=config.warps, num_ctas=ctas,
         maxnreg=max_registers(config), launch_pdl=pdl,
     )  # fmt: skip

@@ -224,9 +224,8 @@ def _launch_tiles(
             -(-tiles // split),
             GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
             EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BITS=bits,
-            STAGES=config.stages,
-            SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail,
-            WARPS=config.warps, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            STAGES=config.stages, SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail,
+            IS_TAIL=is_tail, WARPS=config.warps, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:
         tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import ConfigError
-from compress.kernels.common import field_to_float
+from compress.kernels.common import field_to_float, settle
 
 FIELD_BITS = {8: 8, 4: 4, 3: 2, 2: 2}
 _HIGH_FIELDS = 8  # high bits of a 3-bit code in one byte
@@ -120,9 +120,7 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Packed
         return t.expand(n, groups).t().contiguous()
 
     weight = PackedWeight(words, columns(scale), None if zero is None else columns(zero), bits, n, k, group_size)
-    if codes.is_cuda:
-        # the Hopper kernels read weights before they wait for the kernel that precedes them, which may be one of these
-        torch.cuda.current_stream(codes.device).synchronize()
+    settle(codes.device)
     return weight
 
 
