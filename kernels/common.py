@@ -8,7 +8,9 @@ second kernel adds them in order of s: the same bits every run, no atomics.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -25,10 +27,36 @@ ACTIVATIONS = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What launches ask of a GPU: compute capability, multiprocessors, shared memory a block may use."""
+
+    capability: tuple[int, int]
+    n_sms: int
+    shared_bytes: int
+
+
+_CPU = Machine((0, 0), 4, 232448)  # few multiprocessors, so that the interpreter runs split kernels too
+_cpu_as: Machine = _CPU
+
+
+@contextmanager
+def cpu_as(machine: Machine) -> Iterator[None]:
+    """Operands on the CPU stand for some on such a GPU: their launches are for a compiler, not to be run."""
+    global _cpu_as
+    _cpu_as, before = machine, _cpu_as
+    device_problem.cache_clear()
+    try:
+        yield
+    finally:
+        _cpu_as = before
+        device_problem.cache_clear()
+
+
 @cache
 def device_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
-    if INTERPRETED:
+    if INTERPRETED or (device.type == "cpu" and _cpu_as is not _CPU):
         return None
     if device.type != "cuda":
         return f"device {device} is not a CUDA GPU (set TRITON_INTERPRET=1 to run the kernel in Triton's interpreter)"
@@ -38,17 +66,23 @@ def device_problem(device: torch.device) -> str | None:
     return None
 
 
-@cache
 def n_sms(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 4 in the interpreter, so that it runs split kernels too."""
-    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors of the GPU; 4 in the interpreter."""
+    return _gpu_sms(device) if device.type == "cuda" else _cpu_as.n_sms
 
 
 @cache
+def _gpu_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def shared_bytes(device: torch.device) -> int:
     """Shared memory a block may use; an H100's in the interpreter."""
-    if device.type != "cuda":
-        return 232448
+    return _gpu_shared_bytes(device) if device.type == "cuda" else _cpu_as.shared_bytes
+
+
+@cache
+def _gpu_shared_bytes(device: torch.device) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 

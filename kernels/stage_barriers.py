@@ -10,6 +10,9 @@ into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES m
 Where SHARERS programs of a cluster get x by one copy (`copy_to_sharers`), that copy may start when all of them are done
 with the stage: the warps of each arrive at empty[s] of each.
 
+Waiting for an mbarrier is a loop. Where consumers can do with none, another warp waits for `ready` and meets them at a
+named barrier of the hardware (`pass_on`).
+
 `ready_of` is the same mbarrier as Triton's copies want it, from a view of the same memory. Order among a warp's other
 instructions is kept by volatile PTX; order among warps begins with a barrier behind `open_stages`.
 """
@@ -18,6 +21,10 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+
+# named barriers of the hardware, one a stage: the first 8 of 16 are left to Triton, which takes one for each partition
+NAMED: gl.constexpr = gl.constexpr(8)
+MAX_PASSED_ON = 8
 
 
 @gluon.constexpr_function
@@ -130,3 +137,23 @@ def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, BASE
          gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _meeting(how, warps):  # type: ignore[no-untyped-def]
+    """Threads of all consumers and of the warp that passes on."""
+    return "barrier.cta." + how + ".aligned $1, " + str(32 * warps + 32) + "; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def pass_on(stage, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """That the copies of a stage are there, to WARPS warps that `wait_passed_on`. By one warp, which has waited."""
+    asm: gl.constexpr = _meeting("arrive", WARPS)
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_passed_on(stage, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until another warp has passed on that the copies of a stage are there: `wait_ready` without a loop."""
+    asm: gl.constexpr = _meeting("sync", WARPS)
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)

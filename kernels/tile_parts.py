@@ -48,6 +48,7 @@ class TiledConfig:
     cluster: int = 1
     producer: bool = False
     sharers: int = 1
+    unroll: int = 1
 
     @property
     def adders(self) -> int:
@@ -266,7 +267,8 @@ def tile_origin(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_
 
 
 @gluon.jit
-def share_of_tile(first_tile, tiles, per_split, SPLIT: gl.constexpr, CTAS: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def share_of_tile(first_tile, tiles, per_split, BITS: gl.constexpr, SPLIT: gl.constexpr, CTAS: gl.constexpr,
+                  SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Which tile this program computes, its number in its cluster, and its share of K: first tile, and the one behind
     the last."""
     CLUSTERS: gl.constexpr = SPLIT * SHARERS // CTAS
@@ -275,8 +277,12 @@ def share_of_tile(first_tile, tiles, per_split, SPLIT: gl.constexpr, CTAS: gl.co
     if CTAS > 1:
         rank = cluster_rank()
     first = gl.minimum((pid % CLUSTERS * (CTAS // SHARERS) + rank // SHARERS) * per_split, tiles)
+    last = gl.minimum(first + per_split, tiles)
+    if SPLIT == 1 and BITS == 8:
+        # ptxas serializes the MMAs of a loop that might not run (C7515): with 8 bits, 128 tokens and 8 warps it did
+        gl.assume(first < last)
     tile = first_tile + pid // CLUSTERS * SHARERS + rank % SHARERS
-    return tile, rank, first, gl.minimum(first + per_split, tiles)
+    return tile, rank, first, last
 
 
 @gluon.jit

@@ -130,7 +130,7 @@ def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, firs
 
 
 @gluon.jit
-def _filled_again(t, first, last, STAGES: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def filled_again(t, first, last, STAGES: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the stage of the tile before tile t is one, and takes another tile, if anybody else is to be told."""
     live = t > first
     if SHARERS > 1:
@@ -139,7 +139,7 @@ def _filled_again(t, first, last, STAGES: gl.constexpr, SHARERS: gl.constexpr): 
 
 
 @gluon.jit
-def _behind_first(columns, FIELDS: gl.constexpr, ALL: gl.constexpr):  # type: ignore[no-untyped-def]
+def behind_first(columns, FIELDS: gl.constexpr, ALL: gl.constexpr):  # type: ignore[no-untyped-def]
     """Columns of the tiles behind the first."""
     later = ()
     for i in gl.static_range(FIELDS, ALL):
@@ -184,13 +184,13 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
         if behind < 0:
             behind = STAGES - 1
         if not COPIES:
-            arrive_empty(behind, _filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
+            arrive_empty(behind, filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
         high = part_of_tile(words, columns, 1, 0, 1, BITS, PARTS, HAS_ZERO, DTYPE, A)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         if COPIES:
             _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
                        BLOCK_N, BITS, STAGES, CTAS)  # fmt: skip
-        columns = _behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
+        columns = behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
         stage, phase = next_stage(stage, phase, STAGES)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return acc
@@ -228,7 +228,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
             x = x_smem.index(2 * stage + g // 2).permute([1, 0])
             acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
             if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
-                arrive_empty(behind, _filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
+                arrive_empty(behind, filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
             if g % 2 == 0:
                 acc = warpgroup_mma(w, x, acc, is_async=True)
             else:
@@ -243,7 +243,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
         if COPIES:
             _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
                        BLOCK_N, BITS, STAGES, CTAS)  # fmt: skip
-        columns = _behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
+        columns = behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
         stage, phase = next_stage(stage, phase, STAGES)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([BLOCK_N, BLOCK_M])

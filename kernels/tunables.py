@@ -236,6 +236,13 @@ W8A8 = replace(
 TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, TILED_BYTES, W8A8)}
 
 
+def specimens(config: Any, scheme: Scheme, k: int, n_sms: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Small weights [N, K] whose launches take every kernel of a configuration that larger ones do: of less than a wave
+    of programs, and of more, whose rest some kernels treat in a way of their own. A group of a whole row keeps K, which
+    is a constant of the code then."""
+    return (512, k), (2 * config.block_n * n_sms + 512, k if scheme.group is None else min(k, 1024))
+
+
 def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:
     """Names of the kernels that are chosen from for a scheme; hopper: on a GPU where the Hopper kernels run, and where
     one of them computes a scheme no other does."""

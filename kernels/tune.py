@@ -10,6 +10,8 @@ Metric: microseconds a call as in `compress.kernels.bench`; a configuration whos
                 tables have for it, then configurations in order of their distance from the kernel's own rule
     --known     only configurations that a table has for any shape, dtype or scheme: another dtype or scheme is tuned in
                 a tenth of the time
+    --only      only configurations named here, by their fields in order, beside what the tables and the rule take; all
+                of them are finalists
 
 Prints the best of each cell and what the rule takes there. After each shape --out DIR keeps everything, and --table DIR
 adds the best of each cell to the table of this GPU and Triton version (`kernels/tables` is what is shipped), by dtype
@@ -18,6 +20,7 @@ and scheme: a run that is cut off keeps the shapes it finished.
     python -m compress.kernels.tune --dtype float16,bfloat16 --out DIR --table kernels/tables
     python -m compress.kernels.tune --schemes w8g128,w3g128,w2g128,w8a8 --shapes 4096x4096 --tokens 1,16 --budget-s 200
     python -m compress.kernels.tune --schemes w4g128-asym,w4g32,w4-channel --known --table kernels/tables
+    python -m compress.kernels.tune --shapes 4096x4096 --tokens 64 --only w4a16_tiled:64,64,4,4,3,4,1,1,4 --out DIR
 
 `search` is the same for one key within a budget of seconds, for machines without a table (COMPRESS_KERNEL_SEARCH=1).
 """
@@ -48,11 +51,12 @@ from compress.kernels import dispatch, table_file, timing
 from compress.kernels.bench import describe_machine, imports_left_out_of_collection, one_line
 from compress.kernels.bench_report import roofline_us
 from compress.kernels.choose import hopper_kernels
+from compress.kernels.common import n_sms
 from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Choice, Entry, Key
 from compress.kernels.problem import Problem, Scheme
 from compress.kernels.reference import relative_error
-from compress.kernels.tunables import TUNABLES, Tunable, usable
+from compress.kernels.tunables import TUNABLES, Tunable, specimens, usable
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ SEARCH_BUDGET_S = 10.0
 FINALISTS = 4
 _SHORT_MS, _SHORT_REPLAYS = 0.3, 3
 _FINAL_MS, _FINAL_REPLAYS = 2.0, 11
+_CONTEXT_BYTES = 10**9  # of a process on the GPU, whatever it computes
 
 
 # -- one cell ---------------------------------------------------------------------------------------------
@@ -73,12 +78,26 @@ def known_configs(kernel: str) -> frozenset[Any]:
     return frozenset(config for config in found if config is not None)
 
 
-def candidates(tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool = False) -> list[Any]:
-    """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
-    default = tunable.default(m, weight)
-    every = [full for c in tunable.grid(m) for full in tunable.expand(m, n, k, c) if tunable.fits(weight, full)]
+Chosen = list[tuple[str, Any]]  # kernels and configurations
+
+
+def allowed(tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool, only: Chosen) -> list[Any]:
+    """Configurations to try: the whole grid, what of it is known, or those that were named."""
+    if only:
+        every = [config for name, config in only if name == tunable.name]
+    else:
+        every = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
     if known:
         every = [config for config in every if config in known_configs(tunable.name)]
+    return [config for config in every if tunable.fits(weight, config)]
+
+
+def candidates(
+    tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool = False, only: Chosen | None = None
+) -> list[Any]:
+    """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
+    default = tunable.default(m, weight)
+    every = allowed(tunable, m, n, k, weight, known, only or [])
     if default is None:
         return every
     changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))
@@ -116,6 +135,7 @@ class Weights:
     dtype: torch.dtype
     tunables: list[Tunable]
     known: bool = False
+    only: Chosen = field(default_factory=list)
     _packed: dict[Any, list[Any]] = field(default_factory=dict)
 
     def copies(self, tunable: Tunable) -> list[Any]:
@@ -131,7 +151,7 @@ class Weights:
         """
         n, k = self.p.n, self.p.k
         every = [
-            [(t, c) for c in candidates(t, m, n, k, self.copies(t)[0], self.known)]
+            [(t, c) for c in candidates(t, m, n, k, self.copies(t)[0], self.known, self.only)]
             for t in self.tunables
             if t.takes(n, k)
         ]
@@ -169,7 +189,8 @@ def tune_cell(weights: Weights, x: Tensor, reference: Tensor, budget_s: float = 
         return cells[-1]["us"]
 
     best_within(((tunable.name, (tunable, config)) for tunable, config in pairs), measure, budget_s)
-    right = sorted((i for i, c in enumerate(cells) if c["us"] is not None), key=lambda i: cells[i]["us"])[:FINALISTS]
+    right = sorted((i for i, c in enumerate(cells) if c["us"] is not None), key=lambda i: cells[i]["us"])
+    right = right if weights.only else right[:FINALISTS]
     captured = []
     for i in right:
         tunable, config = pairs[i]
@@ -230,7 +251,8 @@ def search(key: Key, device: torch.device, budget_s: float = SEARCH_BUDGET_S) ->
 
 # -- the full grid ----------------------------------------------------------------------------------------
 
-Task = tuple[str, Any, int, str, str, int, bool]  # kernel, configuration, M, dtype, scheme, K, only what is known
+# kernel, configuration, M, dtype, scheme, K, only what is known, only what is named
+Task = tuple[str, Any, int, str, str, int, bool, bool]
 
 
 def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -> list[Task]:
@@ -242,22 +264,29 @@ def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -
     for label, tunables in schemes.items():
         depths = {4096} if Scheme.parse(label).group else {k for _, k in args.shapes}
         for tunable, dtype, k, m in itertools.product(tunables, args.dtypes, sorted(depths), sorted(args.ms)):
-            for config in tunable.grid(m):
-                task = (tunable.name, config, m, dtype, label, k, args.known)
+            named = [config for name, config in args.only if name == tunable.name]
+            for config in named or ([] if args.only else tunable.grid(m)):
+                task = (tunable.name, config, m, dtype, label, k, args.known, bool(named))
                 tasks.setdefault((tunable.name, config, dtype, label, k), task)
     return list(tasks.values())
 
 
+def processes_that_fit(wanted: int, tasks: list[Task], free_bytes: int, n_sms: int) -> int:
+    """Processes that may compile at once: each makes and packs a problem on the GPU, 6 bytes a weight at its peak (on a
+    CPU, NOTES.md) and as much again in freed blocks of an allocator."""
+    weights = [n * k for c, s, depth in {(t[1], t[4], t[5]) for t in tasks}
+               for n, k in specimens(c, Scheme.parse(s), depth, n_sms)]  # fmt: skip
+    return max(1, min(wanted, free_bytes // (_CONTEXT_BYTES + 12 * max(weights, default=0))))
+
+
 def _compile(task: Task) -> None:
     """Compile one kernel into Triton's disk cache by running it on small problems with the same specialization."""
-    kernel, config, m, dtype_name, label, k, known = task
+    kernel, config, m, dtype_name, label, k, known, named = task
     tunable, dtype, scheme = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label)
-    # some kernels treat what is left over from whole waves of the machine in a way of its own
-    wide = 2 * config.block_n * torch.cuda.get_device_properties("cuda").multi_processor_count + 512
-    for n, depth in ((512, k), (wide, k if scheme.group is None else min(k, 1024))):
+    for n, depth in specimens(config, scheme, k, n_sms(torch.device("cuda"))):
         p = scheme.problem(n, depth, "cuda")
         weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-        for full in tunable.expand(m, n, k, config):
+        for full in [config] if named else tunable.expand(m, n, k, config):
             if not tunable.fits(weight, full) or (known and full not in known_configs(kernel)):
                 continue
             try:
@@ -277,7 +306,7 @@ def tune_shape(
 ) -> list[dict[str, Any]]:
     """Cells of one weight in every dtype and at every M. share_s: seconds that the next cell may take."""
     results = []
-    packed = {dtype: Weights(p, getattr(torch, dtype), tunables, args.known) for dtype in args.dtypes}
+    packed = {dtype: Weights(p, getattr(torch, dtype), tunables, args.known, args.only) for dtype in args.dtypes}
     for m in args.ms:
         x = p.x(m)
         reference = p.reference(x)
@@ -337,6 +366,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds of timing, all cells together")
     parser.add_argument("--known", action="store_true", help="only configurations that a table has for something else")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="KERNEL:V,V,..", help="a configuration to try; may be repeated"
+    )
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
     parser.add_argument("--out", type=Path, help="directory for tune_<dtypes>_<schemes>.json, every figure")
     parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")
@@ -350,6 +382,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in args.dtypes if name not in ("float16", "bfloat16")]:
         parser.error(f"--dtype {','.join(unknown)}: known are float16 and bfloat16")
     try:
+        args.only = [parse_only(text) for text in args.only]
+    except ConfigError as problem:
+        parser.error(f"--only: {problem}")
+    if args.only and args.known:
+        parser.error("--only names configurations and --known takes them from tables; say one of them")
+    try:
         parsed = [Scheme.parse(label) for label in args.schemes]
     except ConfigError as problem:
         parser.error(f"--schemes: {problem}")
@@ -357,6 +395,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if k % (scheme.group or k):
             parser.error(f"shape {n}x{k}: K must be a multiple of the group of {scheme.label}")
     return args
+
+
+def parse_only(text: str) -> tuple[str, Any]:
+    """w4a16_decode:8,16,4,2 -> that kernel's configuration of these fields, in order; later ones have defaults.
+
+    Raises:
+        ConfigError: another kernel, or fields that it does not have.
+    """
+    name, _, values = text.partition(":")
+    if name not in TUNABLES:
+        raise ConfigError(f"{text!r} names no kernel that is tuned; they are {', '.join(TUNABLES)}")
+    kinds = TUNABLES[name].config.__annotations__
+    try:
+        given = [int(value) for value in values.split(",")]
+        typed = [bool(v) if kind in (bool, "bool") else v for v, kind in zip(given, kinds.values(), strict=False)]
+        if len(given) > len(typed):
+            raise TypeError(f"{len(given)} values")
+        return name, TUNABLES[name].config(*typed)
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(f"{text!r}: {problem}; {name} takes numbers for {', '.join(kinds)}") from problem
 
 
 def kernels_for(scheme: Scheme, named: list[str]) -> list[Tunable]:
@@ -372,7 +430,8 @@ def main(argv: list[str] | None = None) -> None:
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
     schemes = {label: kernels_for(Scheme.parse(label), args.kernels) for label in args.schemes}
     began, tasks = time.monotonic(), compile_tasks(schemes, args)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    processes = processes_that_fit(args.processes, tasks, torch.cuda.mem_get_info()[0], n_sms(torch.device("cuda")))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(_compile, tasks, chunksize=1)
     print(f"compiled for {len(tasks)} configurations in {time.monotonic() - began:.0f} s", flush=True)
     machine = describe_machine("cuda")

@@ -36,6 +36,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
+from compress.kernels.unrolled_product import multiply_unrolled, relay
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.wna16_layout import PackedWeight
 
@@ -69,10 +70,15 @@ def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, 
 
 
 @gluon.jit
-def _idle(CTAS: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(first, last, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr,
+            WARPS: gl.constexpr, CTAS: gl.constexpr, SHARERS: gl.constexpr, UNROLL: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """A warp without copies to make: it may `relay`."""
     if CTAS > 1:
         attend_opening(CTAS // SHARERS, SHARERS)
         wait_for_sharers(SHARERS)
+    if UNROLL > 1:
+        relay(first, last, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS // SHARERS)
+    if CTAS > 1:
         attend_sums(CTAS // SHARERS, SHARERS)
 
 
@@ -81,14 +87,19 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
              rank, first, last, n0, m0, M, N, K, tiles,
              GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr,
-             SPLIT: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, SHARERS: gl.constexpr, WAIT: gl.constexpr,
-             DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """`multiply_tiles` with copies by the other partition."""
+             SPLIT: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, SHARERS: gl.constexpr, UNROLL: gl.constexpr,
+             WAIT: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The sums of a tile, with copies by another partition."""
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
                                           BLOCK_N, BITS, WARPS, CTAS, DTYPE)  # fmt: skip
-    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
-                         first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES,
-                         WARPS, CTAS, SHARERS, False, DTYPE)  # fmt: skip
+    if UNROLL > 1:
+        acc = multiply_unrolled(scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K,
+                                tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS,
+                                UNROLL, DTYPE)  # fmt: skip
+    else:
+        acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+                             first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES,
+                             WARPS, CTAS, SHARERS, False, DTYPE)  # fmt: skip
     if WAIT:
         pdl_wait()
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, BITS,
@@ -102,13 +113,13 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
     GROUP_N: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr, WARPS: gl.constexpr,
-    CTAS: gl.constexpr, SHARERS: gl.constexpr,
+    CTAS: gl.constexpr, SHARERS: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     dtype: gl.constexpr = x_desc.dtype
 
     fetch_first_descriptor("_producer_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS, SHARERS)
+    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, BITS, SPLIT, CTAS, SHARERS)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, SHARERS)
@@ -124,11 +135,11 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
         [
             (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
                         rank, first, last, n0, m0, M, N, K, tiles, GROUP, HAS_ZERO, HAS_BIAS, EVEN_N, BLOCK_M, BLOCK_N,
-                        BITS, STAGES, SPLIT, WARPS, CTAS, SHARERS, WAIT, dtype)),
+                        BITS, STAGES, SPLIT, WARPS, CTAS, SHARERS, UNROLL, WAIT, dtype)),
             (_produce, (words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N,
                         BLOCK_M, BLOCK_N, BITS, STAGES, PDL, BEFORE_TAIL, IS_TAIL, CTAS, SHARERS)),
-            (_idle, (CTAS, SHARERS)),
-            (_idle, (CTAS, SHARERS)),
+            (_attend, (first, last, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, UNROLL)),
+            (_attend, (first, last, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, 1)),
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -141,7 +152,7 @@ def producers_by_registers(config: TiledConfig) -> int:
     if config.warps > 4 or config.block_m > 64:
         return 1
     if config.block_n == 64:
-        return 4
+        return 4 if config.unroll == 1 else 3  # an operand more
     return 3 if config.block_m == 16 else 2
 
 
@@ -163,6 +174,6 @@ def launch_producer(
         GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
         EVEN_N=weight.n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BITS=weight.bits,
         STAGES=config.stages, SPLIT=split, GROUP_N=GROUP_N, PDL=pdl, BEFORE_TAIL=before_tail, IS_TAIL=is_tail,
-        WARPS=config.warps, CTAS=ctas, SHARERS=config.shares_x, num_warps=config.warps, num_ctas=ctas,
-        maxnreg=max_registers(config), launch_pdl=pdl,
+        WARPS=config.warps, CTAS=ctas, SHARERS=config.shares_x, UNROLL=config.unroll, num_warps=config.warps,
+        num_ctas=ctas, maxnreg=max_registers(config), launch_pdl=pdl,
     )  # fmt: skip

@@ -86,7 +86,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr = x_desc.dtype
 
     fetch_first_descriptor("_tiled_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, SPLIT, CTAS, 1)
+    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, BITS, SPLIT, CTAS, 1)
     n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)

@@ -1,0 +1,287 @@
+"""python -m compress.kernels.codegen: what Triton and ptxas make of the weight kernels, on a machine without a GPU.
+
+Launches configurations with operands on the CPU that stand for some on a GPU (`common.cpu_as`), compiles every kernel
+that a launch would run, and shows what ptxas says of it:
+
+    registers      a thread, at launch
+    spills         bytes a thread writes to local memory because registers do not suffice
+    shared         bytes a program
+    mma            tensor-core instructions in the code
+    serialized     ptxas put a wait behind every warpgroup MMA, and says why (C75xx)
+
+Serialized MMAs give right results, two to three times later, and nothing else tells: so this is looked at before
+anything is timed. The status is 1 if there are any.
+
+    python -m compress.kernels.codegen                                       # what rules and tables take
+    python -m compress.kernels.codegen --all --schemes w8g128 --tokens 64,256 --out DIR      # what `tune` would try
+    python -m compress.kernels.codegen --kernels w4a16 --gpu A100 --tokens 1
+
+The kernels for Hopper need the Triton they are written in (`choose.GLUON_TRITON`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from compress.atomic import write_json
+from compress.errors import ConfigError, EnvironmentProblem
+from compress.kernels import common, dispatch, table_file
+from compress.kernels.choose import hopper_problem
+from compress.kernels.common import Machine
+from compress.kernels.problem import Scheme
+from compress.kernels.tunables import TUNABLES, Tunable, specimens, usable
+
+log = logging.getLogger(__name__)
+
+MACHINES = {"H100": Machine((9, 0), 132, 232448), "A100": Machine((8, 0), 108, 166912)}
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled kernel; see the module docstring."""
+
+    function: str
+    registers: int
+    spills: int
+    shared: int
+    mma: int
+    serialized: str | None
+
+
+class _NoGpu:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(machine: Machine) -> Iterator[list[Code]]:
+    """Launches with operands on the CPU compile for `machine` and run nothing. Yields a list that takes what ptxas says
+    of each kernel, the first time it is launched; Triton's cache on disk is left out.
+
+    Raises:
+        EnvironmentProblem: Triton's interpreter is on, which compiles nothing.
+    """
+    if common.INTERPRETED:
+        raise EnvironmentProblem("TRITON_INTERPRET=1 is set, and an interpreter compiles nothing; unset it")
+    found: list[Code] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        said = io.StringIO()
+        with redirect_stdout(said):  # where Triton puts what ptxas says
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if said.getvalue():
+            found.append(
+                read_report(
+                    said.getvalue(), kernel.metadata.name, kernel.metadata.shared, len(_MMA.findall(kernel.asm["ptx"]))
+                )
+            )
+
+    driver, knobs = triton.runtime.driver, triton.knobs
+    before = driver._active
+    driver.set_active(_NoGpu(machine.capability))
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        with knobs.compilation.scope(), knobs.nvidia.scope(), common.cpu_as(machine):
+            knobs.compilation.always_compile = True
+            knobs.nvidia.dump_ptxas_log = True
+            yield found
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+        driver._active = before
+
+
+_MMA = re.compile(r"^\s+(?:@%p\d+ )?(?:wgmma\.mma_async|mma\.sync)", re.MULTILINE)
+
+
+def read_report(said: str, function: str, shared: int, mma: int) -> Code:
+    """What `ptxas -v` says of one kernel."""
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+    serial = re.search(r"wgmma\.mma_async instructions are serialized due to (.*?) in (?:the )?function", said)
+    return Code(function, registers, spills, shared, mma, serial[1] if serial else None)
+
+
+# -- what to compile --------------------------------------------------------------------------------------
+
+Task = tuple[str, str, str, Any, int, str, int]  # GPU, scheme, kernel, configuration, M, dtype, K
+
+
+class _AsIf:
+    """A packed weight that says it is larger: as much as a kernel's rule asks for."""
+
+    def __init__(self, weight: Any, n: int, k: int) -> None:
+        self._weight, self.n, self.k = weight, n, k
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weight, name)
+
+
+@cache
+def _packed(scheme: Scheme, kernel: str, n: int, k: int, dtype: torch.dtype) -> Any:
+    return TUNABLES[kernel].pack(scheme.problem(n, k, "cpu"), dtype)
+
+
+def tasks(args: argparse.Namespace) -> Iterator[Task]:
+    """Each configuration of each kernel once, with the least M: of the whole grid, or of the rules and the tables."""
+    for label, dtype in itertools.product(args.schemes, args.dtypes):
+        scheme = Scheme.parse(label)
+        for name in args.kernels or usable(not _hopper_problem(args.gpu), scheme):
+            if not TUNABLES[name].computes(scheme):
+                continue
+            depths = {1024} if scheme.group else {k for _, k in args.shapes}
+            with common.cpu_as(MACHINES[args.gpu]):
+                found = _configurations(TUNABLES[name], scheme, getattr(torch, dtype), args)
+            for (config, m), k in itertools.product(found.items(), sorted(depths)):
+                yield args.gpu, label, name, config, m, dtype, k
+
+
+def _configurations(tunable: Tunable, scheme: Scheme, dtype: torch.dtype, args: argparse.Namespace) -> dict[Any, int]:
+    found: dict[Any, int] = {}
+    for m, (n, k) in itertools.product(sorted(args.ms), args.shapes):
+        weight = _AsIf(_packed(scheme, tunable.name, 64, 1024, dtype), n, k)
+        if args.all:
+            configs = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
+            configs = [config for config in configs if tunable.fits(weight, config)]
+        else:
+            configs = [tunable.default(m, weight)]
+        for config in configs:
+            if config is not None:
+                found.setdefault(config, m)
+    if not args.all:
+        for key, entry in table_file.load(args.gpu, dispatch.triton_version()).items():
+            bits, group, symmetric, int8 = dispatch.parse_scheme(key.scheme, key.k)
+            config = dispatch.as_config(entry.choice, tunable.name, tunable.config)
+            if config is not None and Scheme(bits, group if group < key.k else None, symmetric, int8) == scheme:
+                found.setdefault(config, key.m)
+    return found
+
+
+def compile_one(task: Task) -> list[Code] | str:
+    """Every kernel that launches of a configuration run (`specimens`), or why that cannot be."""
+    gpu, label, name, config, m, dtype_name, k = task
+    scheme, dtype, machine = Scheme.parse(label), getattr(torch, dtype_name), MACHINES[gpu]
+    try:
+        with compiling_for(machine) as found:
+            for n, depth in specimens(config, scheme, k, machine.n_sms):
+                x = torch.zeros(m, depth, dtype=dtype)
+                TUNABLES[name].launch(x, _packed(scheme, name, n, depth, dtype), config)
+    except Exception as problem:  # what does not compile is an answer, shown like the others
+        return f"{type(problem).__name__}: {_last_line(problem)}"
+    return list(dict.fromkeys(found))
+
+
+def _last_line(problem: BaseException) -> str:
+    while problem.__cause__ is not None:  # Triton's errors quote the source that calls the culprit
+        problem = problem.__cause__
+    return (str(problem).strip().splitlines() or [""])[-1][:200]
+
+
+def _hopper_problem(gpu: str) -> str | None:
+    return hopper_problem(MACHINES[gpu].capability, dispatch.triton_version())
+
+
+# -- the command ------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=MACHINES, default="H100")
+    parser.add_argument("--kernels", help=f"comma list of {', '.join(TUNABLES)} (default: those that such a GPU uses)")
+    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8")
+    parser.add_argument("--dtype", dest="dtypes", default="float16", help="float16, bfloat16 or both, with a comma")
+    parser.add_argument("--shapes", default="4096x4096,28672x4096,4096x14336", help="N x K for the rules")
+    parser.add_argument("--tokens", dest="ms", default="1,16,64,256,1024", help="values of M for the rules")
+    parser.add_argument("--all", action="store_true", help="every configuration that tune would try at these M")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="directory for codegen.json")
+    args = parser.parse_args(argv)
+    try:
+        args.ms = [int(m) for m in args.ms.split(",")]
+        args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in args.shapes.split(","))]
+    except ValueError as problem:
+        parser.error(f"--tokens are numbers and --shapes pairs like 4096x4096, with commas: {problem}")
+    args.dtypes, args.schemes = args.dtypes.split(","), args.schemes.split(",")
+    args.kernels = args.kernels.split(",") if args.kernels else []
+    if unknown := [name for name in args.kernels if name not in TUNABLES]:
+        parser.error(f"--kernels {','.join(unknown)}: known are {', '.join(TUNABLES)}")
+    if unknown := [name for name in args.dtypes if name not in ("float16", "bfloat16")]:
+        parser.error(f"--dtype {','.join(unknown)}: known are float16 and bfloat16")
+    try:
+        schemes = [Scheme.parse(label) for label in args.schemes]
+    except ConfigError as problem:
+        parser.error(f"--schemes: {problem}")
+    wrong = _hopper_problem(args.gpu)
+    if wrong and any(TUNABLES[name].hopper for name in args.kernels):
+        parser.error(f"--kernels: those for Hopper do not compile here: {wrong}")
+    if args.kernels and not any(TUNABLES[name].computes(scheme) for name in args.kernels for scheme in schemes):
+        parser.error(f"none of --kernels {','.join(args.kernels)} computes any of --schemes {','.join(args.schemes)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    every = list(tasks(args))
+    print(f"{len(every)} configurations for an {args.gpu}, triton {triton.__version__}")
+    print(f"{'registers':>9} {'spills':>6} {'shared':>7} {'mma':>4}  kernel, configuration")
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(max(1, min(args.processes, len(every)))) as pool:
+        for task, codes in zip(every, pool.imap(compile_one, every), strict=True):
+            rows += show(task, codes)
+    serialized = sum(bool(row.get("serialized")) for row in rows)
+    failed = sum("problem" in row for row in rows)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "codegen.json", {"gpu": args.gpu, "triton": triton.__version__, "kernels": rows})
+    print(json.dumps({"kernels": len(rows), "serialized": serialized, "failed": failed}))
+    if serialized or failed:
+        sys.exit(f"{serialized} kernels have serialized MMAs, {failed} configurations do not compile")
+
+
+def show(task: Task, codes: list[Code] | str) -> list[dict[str, Any]]:
+    """Prints the kernels of a configuration and returns them as records."""
+    _, label, name, config, m, dtype, _ = task
+    place = {"kernel": name, "scheme": label, "dtype": dtype, "m": m, "config": vars(config)}
+    what = f"{label} {dtype} " + " ".join(f"{field} {int(value)}" for field, value in vars(config).items())
+    if isinstance(codes, str):
+        print(f"{name} {what}: {codes}", flush=True)
+        return [place | {"problem": codes}]
+    for code in codes:
+        print(f"{code.registers:9} {code.spills:6} {code.shared:7} {code.mma:4}  {code.function} {what}", flush=True)
+        if code.serialized:
+            print(f"{'':9} SERIALIZED: {code.serialized}", flush=True)
+    return [place | asdict(code) for code in codes]
+
+
+if __name__ == "__main__":
+    main()
