@@ -16,6 +16,8 @@ right, not fast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,19 @@ from compress.kernels import decode_reference
 from compress.kernels.decode_reference import Around
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class StepTiles:
+    """What kernels of a step take instead of their rules; None, or a product that is not there: the rule.
+
+    attention: an `AttentionConfig`. products: `DecodeConfig`s by N, K, for steps whose products do their neighbours'
+    work. head: a `DenseConfig`, for the head of one sequence.
+    """
+
+    attention: Any = None
+    products: Mapping[tuple[int, int], Any] = field(default_factory=dict)
+    head: Any = None
 
 
 class Decoder:
@@ -45,14 +60,14 @@ class Decoder:
         capacity: int,
         pdl: bool | None = None,
         use_kernels: bool | None = None,
-        attention_config: Any = None,
+        tiles: StepTiles = StepTiles(),
     ) -> None:
         """
         Args:
             capacity: tokens of each sequence that the cache holds.
             pdl: programmatic dependent launch; None: where the device has it (sm_90 and later).
             use_kernels: Triton kernels instead of their twins; None: on CUDA.
-            attention_config: an `AttentionConfig`; None: `choose_attention`.
+            tiles: for the kernels.
 
         Raises:
             ConfigError: a batch, capacity or dtype that cannot be run.
@@ -79,7 +94,7 @@ class Decoder:
             self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
             self.rope = model.rope_tables(capacity)
         self.logits = torch.empty(batch, 0, dtype=model.dtype, device=device)
-        self.ops: Any = _Kernels(self, attention_config, pdl) if use_kernels else decode_reference
+        self.ops: Any = _Kernels(self, tiles, pdl) if use_kernels else decode_reference
         self.pdl = bool(getattr(self.ops, "pdl", False))
         self.fused = use_kernels and self._can_fuse()
 
@@ -97,6 +112,12 @@ class Decoder:
             return False
         interleaved = all(layer.gate_up.interleaved for layer in self.model.layers)
         return interleaved and all(w4a16_decode.takes(weight) for weight in packed)
+
+    def has_own_head(self) -> bool:
+        """Whether the head of a step is `dense_behind_norm`: a dense one, for one sequence, behind fused products."""
+        parts = self.model.head.parts
+        alone = self.fused and self.batch == len(parts) == 1
+        return alone and isinstance(parts[0], Dense) and parts[0].bias is None
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -152,9 +173,8 @@ class Decoder:
             middle = self._around(layer.out, attended, Around(residual=stream, norm=layer.norm_mid))
             hidden = self._around(layer.gate_up, middle.normed, Around(middle.squares, eps, silu=True))
             stream, x, squares = self._around(layer.down, hidden, Around(residual=middle.h, norm=norm))
-        head = model.head.parts[0]
-        if self.batch == 1 and len(model.head.parts) == 1 and isinstance(head, Dense) and head.bias is None:
-            return self.ops.dense_behind_norm(x, head.weight, squares, eps, pdl=self.pdl)
+        if self.has_own_head():
+            return self.ops.dense_behind_norm(x, model.head.parts[0].weight, squares, eps, pdl=self.pdl)
         return self._project(model.head, self.ops.rms_norm(stream, model.norm, eps, pdl=self.pdl)[0])
 
     def _around(self, linear: FusedLinear, x: Tensor, around: Around) -> Any:
@@ -259,18 +279,19 @@ class Decoder:
 class _Kernels:
     """The Triton kernels with what they need besides a step's operands, under the names of their twins."""
 
-    def __init__(self, decoder: Decoder, config: Any, pdl: bool | None) -> None:
+    def __init__(self, decoder: Decoder, tiles: StepTiles, pdl: bool | None) -> None:
         from compress.kernels import common, decode_attention, decode_ops, dense_decode, w4a16_decode
         from compress.kernels import pdl as pdl_launch
 
         device, heads = decoder.positions.device, decoder.model.heads
         n_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self.config = config or decode_attention.choose_attention(
+        self.config = tiles.attention or decode_attention.choose_attention(
             decoder.batch, heads.n_kv_heads, heads.head_dim, decoder.capacity, n_sms, common.shared_bytes(device)
         )
         self.workspace = decode_attention.make_workspace(decoder.batch, heads, self.config.splits, device)
         self.pdl = pdl_launch.supported(device) if pdl is None else pdl
         self.rms_norm, self.silu_mul = decode_ops.rms_norm, decode_ops.silu_mul
-        self.linear_around = w4a16_decode.linear_around
-        self.dense_behind_norm = dense_decode.dense_behind_norm
+        self.linear_around = partial(w4a16_decode.linear_around, configs=tiles.products)
+        head = tiles.head or dense_decode.DenseConfig()
+        self.dense_behind_norm = partial(dense_decode.dense_behind_norm, config=head)
         self.attention = partial(decode_attention.attention, config=self.config, workspace=self.workspace, pdl=self.pdl)

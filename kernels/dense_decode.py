@@ -11,6 +11,8 @@ Twin: `decode_reference.dense_behind_norm`. Runs under TRITON_INTERPRET=1 on a C
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,14 @@ from compress.errors import ConfigError
 from compress.kernels import pdl as pdl_launch
 from compress.kernels.decode_ops import check_operands
 
-# measured on an H100 at 128256 x 4096 (NOTES.md)
-_BLOCK_N, _BLOCK_K, _WARPS = 16, 512, 4
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Tile of one launch; as it stands measured on an H100 at 128256 x 4096 (NOTES.md)."""
+
+    block_n: int = 16
+    block_k: int = 512
+    warps: int = 4
 
 
 @triton.jit(do_not_specialize=["n_squares"])
@@ -49,7 +57,9 @@ def _dense_kernel(
     tl.store(out_ptr + rn, y.to(out_ptr.dtype.element_ty), mask=rn < N)
 
 
-def dense_behind_norm(x: Tensor, weight: Tensor, squares: Tensor, eps: float, pdl: bool = False) -> Tensor:
+def dense_behind_norm(
+    x: Tensor, weight: Tensor, squares: Tensor, eps: float, pdl: bool = False, config: DenseConfig = DenseConfig()
+) -> Tensor:
     """y [1, N] = x W^T / sqrt(sum(squares) / K + eps) in x's dtype. Arguments and twin:
     `decode_reference.dense_behind_norm`.
 
@@ -64,9 +74,9 @@ def dense_behind_norm(x: Tensor, weight: Tensor, squares: Tensor, eps: float, pd
     if weight.dtype is not x.dtype or squares.dtype is not torch.float32:
         raise ConfigError(f"weight is {weight.dtype} and squares {squares.dtype}, expected {x.dtype} and float32")
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    _dense_kernel[(triton.cdiv(n, _BLOCK_N),)](
+    _dense_kernel[(triton.cdiv(n, config.block_n),)](
         x, weight, squares, y, squares.shape[0], eps, n, k, SQUARES=triton.next_power_of_2(squares.shape[0]),
-        BLOCK_N=_BLOCK_N, BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(k)), num_warps=_WARPS,
+        BLOCK_N=config.block_n, BLOCK_K=min(config.block_k, triton.next_power_of_2(k)), num_warps=config.warps,
         **pdl_launch.options(pdl, x.device),
     )  # fmt: skip
     return y

@@ -32,6 +32,7 @@ compute capability 9.0, K a multiple of 128 and N of 8 (16 for silu).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -335,14 +336,16 @@ def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeC
 
 
 def linear_around(
-    x: Tensor, weight: KernelWeight, bias: Tensor | None, around: Around, pdl: bool = False
-) -> Tensor | Stream:
+    x: Tensor, weight: KernelWeight, bias: Tensor | None, around: Around, pdl: bool = False,
+    configs: Mapping[tuple[int, int], DecodeConfig] | None = None,
+) -> Tensor | Stream:  # fmt: skip
     """The product and what is around it: a Stream with `residual`, [M, N / 2] with `silu`, [M, N] otherwise.
 
-    Twin: `decode_reference.linear_around`. x: [M, K], M up to RULE_MAX_TOKENS; `takes` says which weights.
+    Twin: `decode_reference.linear_around`. x: [M, K], M up to RULE_MAX_TOKENS; `takes` says which weights. configs: by
+    N, K; for others `config_between_others`.
     """
     m, n = x.shape[0], weight.n
-    config = config_between_others(n, weight.k)
+    config = (configs or {}).get((n, weight.k)) or config_between_others(n, weight.k)
     y = torch.empty(m, n // 2 if around.silu else n, dtype=x.dtype, device=x.device)
     if around.residual is None:
         _run(x, weight, bias, config, pdl, around, y, None, None)
