@@ -18,7 +18,7 @@ all these tiles, and number s * sharers + r has share s of the K of tile r. Thos
 
 Gluon of Triton 3.6 has no name for the shared memory of another program, nor for the address of its own: offsets count
 from the begin of what Triton allocates (`global_smem`), in PTX. A kernel that comes here allocates its stages and
-`mail_bytes` behind them as one, which is by far the largest and therefore first.
+mail behind them as one, which is by far the largest and therefore first.
 """
 
 from __future__ import annotations
@@ -27,47 +27,8 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from compress.kernels.gluon_parts import cluster_shares, instruction
-
-_PAD = 4  # columns more in a row: the 8 rows of W and 4 pairs of tokens that a warp writes at a time are in 32 banks
-
-
-@gluon.constexpr_function
-def _share_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
-    """Sums of an owner's tokens [tokens, ROW]: a multiple of 16."""
-    return block_m // split * (block_n + _PAD) * 4
-
-
-@gluon.constexpr_function
-def mail_bytes(block_m, block_n, split):  # type: ignore[no-untyped-def]
-    """Shared memory behind the stages."""
-    return (split - 1) * _share_bytes(block_m, block_n, split) + 8 if split > 2 else 0
-
-
-@gluon.constexpr_function
-def _mail_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-untyped-def]
-    """Behind the stages, or within them behind a program's own sums."""
-    return stage_bytes if split > 2 else split * _share_bytes(block_m, block_n, split)
-
-
-@gluon.constexpr_function
-def _mbarrier_offset(block_m, block_n, split, stage_bytes):  # type: ignore[no-untyped-def]
-    """Behind the mail of the others."""
-    return _mail_offset(block_m, block_n, split, stage_bytes) + (split - 1) * _share_bytes(block_m, block_n, split)
-
-
-def sums_fit(block_m: int, block_n: int, split: int, stage_bytes: int) -> bool:
-    """Whether the stages have room for what a program of the cluster writes there."""
-    if split > 2:
-        return split * int(_share_bytes(block_m, block_n, split)) <= stage_bytes
-    return int(_mbarrier_offset(block_m, block_n, split, stage_bytes)) + 8 <= stage_bytes
-
-
-@gluon.constexpr_function
-def _sum_layout(columns, warps, split, sharers):  # type: ignore[no-untyped-def]
-    """[tokens, sharers * columns] float32 dealt out to the cluster, 16 bytes a thread along the columns."""
-    wide = columns // 4 if columns < 128 else 32
-    return gl.BlockedLayout([1, 4], [32 // wide, wide], [warps, 1], [1, 0], cluster_shares(split, sharers))
+from compress.kernels.gluon_parts import instruction
+from compress.kernels.tile_shape import mail_barrier_offset, mail_offset, share_bytes, sum_layout
 
 
 @gluon.jit
@@ -82,37 +43,34 @@ def _wait():  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def open_cluster(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SHARERS: gl.constexpr,
-                 STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def open_cluster(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Before all else but `open_stages`, by the warps that will `add_up`: a mailbox behind the stages, and mbarriers
     that others arrive at, are there as soon as a program runs."""
-    if SPLIT > 2:
-        _open_mailbox(
-            _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES), (SPLIT - 1) * _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
-        )
-    attend_opening(SPLIT, SHARERS)
+    if T.adders > 2:
+        _open_mailbox(mail_barrier_offset(T), (T.adders - 1) * share_bytes(T))
+    attend_opening(T)
 
 
 @gluon.jit
-def attend_opening(SPLIT: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def attend_opening(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """`open_cluster`'s part for all other warps of a program: the cluster's barriers count every warp."""
-    if SPLIT > 2 or SHARERS > 1:
+    if T.adders > 2 or T.sharers > 1:
         _arrive()
 
 
 @gluon.jit
-def wait_for_sharers(SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def wait_for_sharers(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Until all that share x have opened their mbarriers: once in each warp, before `add_up` or `depart`."""
-    if SHARERS > 1:
+    if T.sharers > 1:
         _wait()
 
 
 @gluon.jit
-def attend_sums(SPLIT: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def attend_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """`add_up`'s and `depart`'s part for all other warps, behind `wait_for_sharers`."""
-    if SPLIT == 2:  # a mailbox in the stages opens only there
+    if T.adders == 2:  # a mailbox in the stages opens only there
         _arrive()
-    if SPLIT == 2 or SHARERS == 1:
+    if T.adders == 2 or T.sharers == 1:
         _wait()
     _arrive()
     _wait()
@@ -179,21 +137,24 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, SHARERS: gl.constexpr,
-           WARPS: gl.constexpr, STAGE_BYTES: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [BLOCK_N, BLOCK_M] of SPLIT programs for each of SHARERS tiles,
-    an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program in its
-    cluster. `depart` follows."""
-    SHARE: gl.constexpr = _share_bytes(BLOCK_M, BLOCK_N, SPLIT)
-    TOKENS: gl.constexpr = BLOCK_M // SPLIT
+def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [BLOCK_N, BLOCK_M] of ADDERS programs for each of SHARERS
+    tiles, an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program
+    in its cluster. `depart` follows."""
+    BLOCK_M: gl.constexpr = T.block_m
+    BLOCK_N: gl.constexpr = T.block_n
+    ADDERS: gl.constexpr = T.adders
+    SHARERS: gl.constexpr = T.sharers
+    SHARE: gl.constexpr = share_bytes(T)
+    TOKENS: gl.constexpr = BLOCK_M // ADDERS
     ROW: gl.constexpr = SHARE // TOKENS
-    MAIL: gl.constexpr = _mail_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
-    MBARRIER: gl.constexpr = _mbarrier_offset(BLOCK_M, BLOCK_N, SPLIT, STAGE_BYTES)
+    MAIL: gl.constexpr = mail_offset(T)
+    MBARRIER: gl.constexpr = mail_barrier_offset(T)
     ACC: gl.constexpr = acc.type.layout
-    wait_for_sharers(SHARERS)
+    wait_for_sharers(T)
     share = rank // SHARERS
     gl.thread_barrier()  # other warps may have been reading what the stages held
-    if SPLIT == 2:
+    if ADDERS == 2:
         _open_mailbox(MBARRIER, SHARE)
         _arrive()
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
@@ -201,18 +162,18 @@ def add_up(acc, rank, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.co
     _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
     fence_async_shared()
     gl.thread_barrier()
-    if SPLIT == 2 or SHARERS == 1:
+    if ADDERS == 2 or SHARERS == 1:
         _wait()  # the mailboxes of all are open
-    _send(share, rank % SHARERS, SHARERS, SPLIT, SHARE, MBARRIER, MAIL)
+    _send(share, rank % SHARERS, SHARERS, ADDERS, SHARE, MBARRIER, MAIL)
     _wait_for_mail(MBARRIER)
     _arrive()  # what the others sent here they need no longer keep
 
-    L: gl.constexpr = _sum_layout(BLOCK_N, WARPS, SPLIT, SHARERS)
+    L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
     rn = gl.arange(0, SHARERS * BLOCK_N, gl.SliceLayout(0, L))
     at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
     total = gl.zeros((BLOCK_M, SHARERS * BLOCK_N), gl.float32, L)
-    for s in gl.static_range(SPLIT):
+    for s in gl.static_range(ADDERS):
         total += _load_fours(at + gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE))
     return total, rm, rn
 

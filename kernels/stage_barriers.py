@@ -2,10 +2,10 @@
 
 Triton puts a barrier of all warps before its own wait for an mbarrier and on both sides of its arrival, which keeps all
 warps of a program in step: none dequantizes while another multiplies. Here these are PTX that Triton does not look
-into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES mbarriers of 8 bytes from BASE on.
+into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES mbarriers of 8 bytes at `barrier_offset`.
 
-    ready[s]    at BASE + 8 s             a stage's copies arrive, once announced; warps wait
-    empty[s]    at BASE + 8 (STAGES + s)  WARPS warps arrive that are done with the stage; who copies waits
+    ready[s]    the s-th            a stage's copies arrive, once announced; warps wait
+    empty[s]    the STAGES + s-th   all consumer warps arrive that are done with the stage; who copies waits
 
 Where SHARERS programs of a cluster get x by one copy (`copy_to_sharers`), that copy may start when all of them are done
 with the stage: the warps of each arrive at empty[s] of each.
@@ -22,38 +22,40 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from compress.kernels.tile_shape import barrier_offset
+
 # named barriers of the hardware, one a stage: the first 8 of 16 are left to Triton, which takes one for each partition
 NAMED: gl.constexpr = gl.constexpr(8)
 MAX_PASSED_ON = 8
 
 
 @gluon.constexpr_function
-def _init_all(base, stages, warps, sharers):  # type: ignore[no-untyped-def]
+def _init_all(t):  # type: ignore[no-untyped-def]
     inits = ""
-    for s in range(2 * stages):
-        count = 1 if s < stages else warps * sharers
-        inits += "mbarrier.init.shared::cta.b64 [a + " + str(base + 8 * s) + "], " + str(count) + "; "
+    for s in range(2 * t.stages):
+        count = 1 if s < t.stages else t.warps * t.sharers
+        inits += "mbarrier.init.shared::cta.b64 [a + " + str(barrier_offset(t) + 8 * s) + "], " + str(count) + "; "
     head = "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; mov.b32 a, global_smem; @p bra out; "
-    fence = "fence.mbarrier_init.release.cluster; " if sharers > 1 else ""
+    fence = "fence.mbarrier_init.release.cluster; " if t.sharers > 1 else ""
     return head + inits + fence + "out: mov.b32 $0, 0;}"
 
 
 @gluon.jit
-def open_stages(BASE: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def open_stages(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Make the mbarriers, by thread 0; a fence for copies and a barrier for other warps are up to the caller, and one
     of the cluster where x is shared."""
-    asm: gl.constexpr = _init_all(BASE, STAGES, WARPS, SHARERS)
+    asm: gl.constexpr = _init_all(T)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def ready_of(barriers, stage, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+def ready_of(barriers, stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """The mbarrier of a stage's copies. barriers: int64 [128, 1], of which `ready` and `empty` are the last."""
-    return barriers.index(128 - 2 * STAGES + stage)
+    return barriers.index(128 - 2 * T.stages + stage)
 
 
 @gluon.jit
-def announce(stage, n_bytes, live, FIRST: gl.constexpr, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
+def announce(stage, n_bytes, live, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """If live: so many bytes will come to a stage. By one thread: the first of the program, or with FIRST false of
     each warp that comes here."""
     which: gl.constexpr = "%tid.x" if FIRST else "%laneid"
@@ -63,7 +65,8 @@ def announce(stage, n_bytes, live, FIRST: gl.constexpr, BASE: gl.constexpr):  # 
         "mov.b32 $0, 0;}"
     )
     gl.inline_asm_elementwise(
-        asm, "=r,r,r,r", [gl.to_tensor(BASE + 8 * stage), gl.to_tensor(n_bytes), gl.to_tensor(live).to(gl.int32)],
+        asm, "=r,r,r,r",
+        [gl.to_tensor(barrier_offset(T) + 8 * stage), gl.to_tensor(n_bytes), gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -78,15 +81,15 @@ def _wait(offset, phase):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def wait_ready(stage, phase, BASE: gl.constexpr):  # type: ignore[no-untyped-def]
+def wait_ready(stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Until the copies of a stage are there."""
-    _wait(BASE + 8 * stage, phase)
+    _wait(barrier_offset(T) + 8 * stage, phase)
 
 
 @gluon.jit
-def wait_empty(stage, phase, BASE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+def wait_empty(stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Until all warps are done with a stage."""
-    _wait(BASE + 8 * STAGES + 8 * stage, phase)
+    _wait(barrier_offset(T) + 8 * T.stages + 8 * stage, phase)
 
 
 @gluon.constexpr_function
@@ -104,12 +107,12 @@ def _arrive_at(sharers):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def arrive_empty(stage, live, BASE: gl.constexpr, STAGES: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def arrive_empty(stage, live, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """If live: this warp is done with a stage, which all that share x want to know. A program must not be told so that
     may have ended: live only where the stage will be filled again."""
-    asm: gl.constexpr = _arrive_at(SHARERS)
+    asm: gl.constexpr = _arrive_at(T.sharers)
     gl.inline_asm_elementwise(
-        asm, "=r,r,r", [gl.to_tensor(BASE + 8 * STAGES + 8 * stage), gl.to_tensor(live).to(gl.int32)],
+        asm, "=r,r,r", [gl.to_tensor(barrier_offset(T) + 8 * T.stages + 8 * stage), gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -127,33 +130,33 @@ def _copy_to(kernel, sharers):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, BASE: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """If live: start the copy of [row .., column ..] of the first parameter of the kernel of that name to an offset of
     the shared memory of all that share x with this program, and of its bytes to their ready[stage]. By one warp."""
-    asm: gl.constexpr = _copy_to(kernel, SHARERS)
+    asm: gl.constexpr = _copy_to(kernel, T.sharers)
     gl.inline_asm_elementwise(
         asm, "=r,r,r,r,r,r",
-        [gl.to_tensor(offset), gl.to_tensor(BASE + 8 * stage), gl.to_tensor(column), gl.to_tensor(row),
+        [gl.to_tensor(offset), gl.to_tensor(barrier_offset(T) + 8 * stage), gl.to_tensor(column), gl.to_tensor(row),
          gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def _meeting(how, warps):  # type: ignore[no-untyped-def]
+def _meeting(how, t):  # type: ignore[no-untyped-def]
     """Threads of all consumers and of the warp that passes on."""
-    return "barrier.cta." + how + ".aligned $1, " + str(32 * warps + 32) + "; mov.b32 $0, 0;"
+    return "barrier.cta." + how + ".aligned $1, " + str(32 * t.warps + 32) + "; mov.b32 $0, 0;"
 
 
 @gluon.jit
-def pass_on(stage, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """That the copies of a stage are there, to WARPS warps that `wait_passed_on`. By one warp, which has waited."""
-    asm: gl.constexpr = _meeting("arrive", WARPS)
+def pass_on(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """That the copies of a stage are there, to the consumers, which `wait_passed_on`. By one warp, which has waited."""
+    asm: gl.constexpr = _meeting("arrive", T)
     gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def wait_passed_on(stage, WARPS: gl.constexpr):  # type: ignore[no-untyped-def]
+def wait_passed_on(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Until another warp has passed on that the copies of a stage are there: `wait_ready` without a loop."""
-    asm: gl.constexpr = _meeting("sync", WARPS)
+    asm: gl.constexpr = _meeting("sync", T)
     gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)

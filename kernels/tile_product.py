@@ -21,22 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     byte_weights,
-    fields_of,
     parts_of,
     scaled_slice,
     slice_weights,
 )
 from compress.kernels.stage_barriers import arrive_empty, wait_ready
-from compress.kernels.tile_parts import (
-    barrier_offset,
-    copy_stage,
+from compress.kernels.tile_parts import copy_stage, load_columns, load_words, next_stage, row_unit
+from compress.kernels.tile_shape import (
+    blocks_of,
+    fields_per_tile,
     in_units,
-    load_columns,
-    load_words,
     mma_layout,
-    next_stage,
-    row_unit,
-    rows_of_operand,
+    operand_layout,
     tiles_ahead,
 )
 
@@ -56,93 +52,86 @@ def block_of_rows(t, b: gl.constexpr, BLOCKS: gl.constexpr, L: gl.constexpr):  #
 
 
 @gluon.jit
-def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.constexpr, BITS: gl.constexpr,
-                 PARTS: gl.constexpr, HAS_ZERO: gl.constexpr, DTYPE: gl.constexpr, A: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Inputs 64 h .. of block b of rows of a tile, dequantized and scaled: [rows, 64] as the MMA's left operand. Where
     `in_units`, in those of `row_unit` and SCALED_UNIT, which `to_size` brings back."""
+    A: gl.constexpr = operand_layout(T)
+    PARTS: gl.constexpr = parts_of(T.group)
     ROWS: gl.constexpr = gl.SliceLayout(1, A)
     words = block_of_rows(words, b, BLOCKS, A)
-    FIELDS: gl.constexpr = 8 // BITS  # of a word within 64 inputs
+    FIELDS: gl.constexpr = 8 // T.bits  # of a word within 64 inputs
     fields = ()
     for p in gl.static_range(FIELDS * h, FIELDS * h + FIELDS):
         scale = gl.expand_dims(block_of_rows(columns[p * PARTS // (2 * FIELDS)], b, BLOCKS, ROWS), 1)
-        zero = gl.full((1, 1), 2.0 ** (BITS - 1), gl.float32, A)
-        if HAS_ZERO:
+        zero = gl.full((1, 1), 2.0 ** (T.bits - 1), gl.float32, A)
+        if T.has_zero:
             zero = block_of_rows(columns[PARTS + p * PARTS // (2 * FIELDS)], b, BLOCKS, ROWS)
             zero = gl.expand_dims(zero.to(gl.float32), 1)
-        if in_units(BITS, HAS_ZERO, DTYPE):
+        if in_units(T):
             fields = fields + (scaled_slice(words, scale, p),)
-        elif BITS == 4:
-            fields = fields + (slice_weights(words, zero, p, DTYPE) * scale,)
+        elif T.bits == 4:
+            fields = fields + (slice_weights(words, zero, p, T.dtype) * scale,)
         else:
-            fields = fields + (byte_weights(words, zero, p, DTYPE) * scale,)
+            fields = fields + (byte_weights(words, zero, p, T.dtype) * scale,)
     w = fields[0]
-    if BITS == 4:
+    if T.bits == 4:
         w = gl.join(fields[0], fields[1]).permute(0, 2, 1).reshape([words.shape[0], 64])
     return gl.convert_layout(w, A, assert_trivial=True)
 
 
 @gluon.jit
-def to_size(acc, scale_ptr, n0, N, K, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr,
-            DTYPE: gl.constexpr, BLOCK_N: gl.constexpr, MMA: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def to_size(acc, scale_ptr, n0, N, K, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of products with `part_of_tile`, in its units -> those with weights."""
-    if not in_units(BITS, HAS_ZERO, DTYPE):
+    if not in_units(T):
         return acc
-    rn = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
-    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, GROUP) * SCALED_UNIT, 1)
+    rn = n0 + gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T)))
+    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, T) * SCALED_UNIT, 1)
 
 
 @gluon.jit
 def multiply_tiles(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
-    SHARERS: gl.constexpr, COPIES: gl.constexpr, DTYPE: gl.constexpr,
+    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
     way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    if BLOCK_N == 32 * WARPS:
+    if blocks_of(T) == 2:
         acc = _in_four_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, COPIES,
-            DTYPE,
+            n0, m0, N, K, tiles, COPIES, T,
         )  # fmt: skip
     else:
         acc = _in_two_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, COPIES,
-            DTYPE,
+            n0, m0, N, K, tiles, COPIES, T,
         )  # fmt: skip
-    return to_size(acc, scale_ptr, n0, N, K, BITS, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
+    return to_size(acc, scale_ptr, n0, N, K, T)
 
 
 @gluon.jit
-def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N,
-               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr,
-               CTAS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """The next tile into the stage behind that of tile t. After its last MMA, which runs meanwhile: every one of these
     copies costs a barrier."""
     gl.thread_barrier()
-    ahead = t - 1 + STAGES
+    ahead = t - 1 + T.stages
     copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
-               (t > first) & (ahead < last), True, True, True, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)  # fmt: skip
+               (t > first) & (ahead < last), True, True, True, T)  # fmt: skip
 
 
 @gluon.jit
-def filled_again(t, first, last, STAGES: gl.constexpr, SHARERS: gl.constexpr):  # type: ignore[no-untyped-def]
+def filled_again(t, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the stage of the tile before tile t is one, and takes another tile, if anybody else is to be told."""
     live = t > first
-    if SHARERS > 1:
-        live = live & (t - 1 + STAGES < last)
+    if T.sharers > 1:
+        live = live & (t - 1 + T.stages < last)
     return live
 
 
 @gluon.jit
-def behind_first(columns, FIELDS: gl.constexpr, ALL: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of the tiles behind the first."""
+def behind_first(columns, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of the tiles behind the first, of one more than are loaded ahead."""
     later = ()
-    for i in gl.static_range(FIELDS, ALL):
+    for i in gl.static_range(fields_per_tile(T), (tiles_ahead(T) + 1) * fields_per_tile(T)):
         later = later + (columns[i],)
     return later
 
@@ -150,48 +139,38 @@ def behind_first(columns, FIELDS: gl.constexpr, ALL: gl.constexpr):  # type: ign
 @gluon.jit
 def _in_two_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
-    SHARERS: gl.constexpr, COPIES: gl.constexpr, DTYPE: gl.constexpr,
+    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
-    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, CTAS // SHARERS)
-    AHEAD: gl.constexpr = tiles_ahead(GROUP)
-    acc = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_M), gl.float32, MMA))
-    low = gl.zeros((BLOCK_N, 64), DTYPE, A)
+    ROWS: gl.constexpr = T.block_n
+    TOKENS: gl.constexpr = T.block_m
+    acc = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T)))
+    low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     high = low
     stage = 0
     phase = 0
     for t in range(first, last):
-        wait_ready(stage, phase, BASE)
-        words = load_words(words_smem.index(stage), BLOCK_N, BITS, WARPS, CTAS, A)
+        wait_ready(stage, phase, T)
+        words = load_words(words_smem.index(stage), T)
         # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
         # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
         acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = part_of_tile(words, columns, 0, 0, 1, BITS, PARTS, HAS_ZERO, DTYPE, A)
+        low = part_of_tile(words, columns, 0, 0, 1, T)
         acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + load_columns(
-            scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, BITS, GROUP,
-            HAS_ZERO, EVEN_N, DTYPE,
-        )  # fmt: skip
+        columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
         acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
         behind = stage - 1
         if behind < 0:
-            behind = STAGES - 1
+            behind = T.stages - 1
         if not COPIES:
-            arrive_empty(behind, filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
-        high = part_of_tile(words, columns, 1, 0, 1, BITS, PARTS, HAS_ZERO, DTYPE, A)
+            arrive_empty(behind, filled_again(t, first, last, T), T)
+        high = part_of_tile(words, columns, 1, 0, 1, T)
         acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
         if COPIES:
-            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
-                       BLOCK_N, BITS, STAGES, CTAS)  # fmt: skip
-        columns = behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
-        stage, phase = next_stage(stage, phase, STAGES)
+            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+        columns = behind_first(columns, T)
+        stage, phase = next_stage(stage, phase, T)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return acc
 
@@ -199,36 +178,30 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
 @gluon.jit
 def _in_four_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr,
-    SHARERS: gl.constexpr, COPIES: gl.constexpr, DTYPE: gl.constexpr,
+    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
     earlier, or its registers might still be read, by the group four before it."""
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
-    AHEAD: gl.constexpr = tiles_ahead(GROUP)
-    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, CTAS // SHARERS)
-    acc = gl.zeros((BLOCK_N // 2, BLOCK_M), gl.float32, MMA)
+    ROWS: gl.constexpr = T.block_n // 2
+    TOKENS: gl.constexpr = T.block_m
+    acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
     second = warpgroup_mma_init(acc)
-    last_but_one = gl.zeros((BLOCK_N // 2, 64), DTYPE, A)
+    last_but_one = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     before = last_but_one
     stage = 0
     phase = 0
     for t in range(first, last):
         behind = stage - 1
         if behind < 0:
-            behind = STAGES - 1
-        wait_ready(stage, phase, BASE)
-        words = load_words(words_smem.index(stage), BLOCK_N, BITS, WARPS, CTAS, A)
+            behind = T.stages - 1
+        wait_ready(stage, phase, T)
+        words = load_words(words_smem.index(stage), T)
         for g in gl.static_range(4):
-            w = part_of_tile(words, columns, g // 2, g % 2, 2, BITS, PARTS, HAS_ZERO, DTYPE, A)
+            w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
             x = x_smem.index(2 * stage + g // 2).permute([1, 0])
             acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
             if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
-                arrive_empty(behind, filled_again(t, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
+                arrive_empty(behind, filled_again(t, first, last, T), T)
             if g % 2 == 0:
                 acc = warpgroup_mma(w, x, acc, is_async=True)
             else:
@@ -237,14 +210,12 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
             before = w
             if g == 0:
                 columns = columns + load_columns(
-                    scale_ptr, zero_ptr, part_of_unit, t + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles, BITS,
-                    GROUP, HAS_ZERO, EVEN_N, DTYPE,
-                )  # fmt: skip
+                    scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
+                )
         if COPIES:
-            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, BLOCK_M,
-                       BLOCK_N, BITS, STAGES, CTAS)  # fmt: skip
-        columns = behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
-        stage, phase = next_stage(stage, phase, STAGES)
+            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+        columns = behind_first(columns, T)
+        stage, phase = next_stage(stage, phase, T)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
-    both = gl.join(acc, second).permute(2, 0, 1).reshape([BLOCK_N, BLOCK_M])
-    return gl.convert_layout(both, MMA, assert_trivial=True)
+    both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
+    return gl.convert_layout(both, mma_layout(T), assert_trivial=True)

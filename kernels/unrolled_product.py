@@ -20,106 +20,87 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from compress.kernels.gluon_parts import fields_of, parts_of
 from compress.kernels.stage_barriers import arrive_empty, pass_on, wait_passed_on, wait_ready
-from compress.kernels.tile_parts import (
-    barrier_offset,
-    load_columns,
-    load_words,
-    mma_layout,
-    next_stage,
-    rows_of_operand,
-    tiles_ahead,
-)
+from compress.kernels.tile_parts import load_columns, load_words, next_stage
 from compress.kernels.tile_product import behind_first, filled_again, part_of_tile, to_size
+from compress.kernels.tile_shape import blocks_of, mma_layout, operand_layout, tiles_ahead
 
 
 @gluon.jit
-def relay(first, last, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr,
-          WARPS: gl.constexpr, ADDERS: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def relay(first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Tell the consumers of each tile whose copies are there. By one warp."""
     stage = 0
     phase = 0
     for _ in range(first, last):
-        wait_ready(stage, phase, barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, ADDERS))
-        pass_on(stage, WARPS)
-        stage, phase = next_stage(stage, phase, STAGES)
+        wait_ready(stage, phase, T)
+        pass_on(stage, T)
+        stage, phase = next_stage(stage, phase, T)
 
 
 @gluon.jit
 def multiply_unrolled(  # type: ignore[no-untyped-def]
-    scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BITS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, CTAS: gl.constexpr, SHARERS: gl.constexpr,
-    UNROLL: gl.constexpr, DTYPE: gl.constexpr,
+    scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T: gl.constexpr
 ):  # fmt: skip
     """`tile_product.multiply_tiles` where other warps copy and `relay`."""
-    MMA: gl.constexpr = mma_layout(BLOCK_M, WARPS, CTAS)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    BLOCKS: gl.constexpr = BLOCK_N // (16 * WARPS)
+    BLOCKS: gl.constexpr = blocks_of(T)
     gl.static_assert(BLOCKS <= 2, "a warp has one or two blocks of rows")
-    acc = gl.zeros((BLOCK_N // BLOCKS, BLOCK_M), gl.float32, MMA)
+    ROWS: gl.constexpr = T.block_n // BLOCKS
+    TOKENS: gl.constexpr = T.block_m
+    acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
     sums = (warpgroup_mma_init(acc),)
     if BLOCKS == 2:
         sums = (acc, warpgroup_mma_init(acc))
-    none = gl.zeros((BLOCK_N // BLOCKS, 64), DTYPE, A)
+    none = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     operands = (none, none)
     stage = 0
-    middle = first + (last - first) // UNROLL * UNROLL
-    for t in range(first, middle, UNROLL):
+    middle = first + (last - first) // T.unroll * T.unroll
+    for t in range(first, middle, T.unroll):
         sums, operands, columns, stage = _multiply_some(
             scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0,
-            N, K, tiles, UNROLL, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, DTYPE,
+            N, K, tiles, T.unroll, T,
         )  # fmt: skip
     for t in range(middle, last):
         sums, operands, columns, stage = _multiply_some(
             scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0,
-            N, K, tiles, 1, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N, BITS, STAGES, WARPS, CTAS, SHARERS, DTYPE,
+            N, K, tiles, 1, T,
         )  # fmt: skip
     done = warpgroup_mma_wait(0, deps=sums + operands)
     acc = done[0]
     if BLOCKS == 2:
-        both = gl.join(done[0], done[1]).permute(2, 0, 1).reshape([BLOCK_N, BLOCK_M])
-        acc = gl.convert_layout(both, MMA, assert_trivial=True)
-    return to_size(acc, scale_ptr, n0, N, K, BITS, GROUP, HAS_ZERO, DTYPE, BLOCK_N, MMA)
+        both = gl.join(done[0], done[1]).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
+        acc = gl.convert_layout(both, mma_layout(T), assert_trivial=True)
+    return to_size(acc, scale_ptr, n0, N, K, T)
 
 
 @gluon.jit
 def _multiply_some(  # type: ignore[no-untyped-def]
     scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0, N, K,
-    tiles, COUNT: gl.constexpr, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, EVEN_N: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    CTAS: gl.constexpr, SHARERS: gl.constexpr, DTYPE: gl.constexpr,
+    tiles, COUNT: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Tiles t .. t + COUNT - 1. sums: of each block of rows; operands: of the two groups that may still be read;
     columns: of tile t and those after it that are loaded; stage: of tile t."""
-    A: gl.constexpr = gl.DotOperandLayout(0, mma_layout(BLOCK_M, WARPS, CTAS), 2)
-    PARTS: gl.constexpr = parts_of(GROUP)
-    FIELDS: gl.constexpr = fields_of(GROUP, HAS_ZERO)
-    AHEAD: gl.constexpr = tiles_ahead(GROUP)
-    BASE: gl.constexpr = barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, CTAS // SHARERS)
     BLOCKS: gl.constexpr = len(sums)
     GROUPS: gl.constexpr = 2 * BLOCKS
-    wait_passed_on(stage, WARPS)
-    words = load_words(words_smem.index(stage), BLOCK_N, BITS, WARPS, CTAS, A)
+    wait_passed_on(stage, T)
+    words = load_words(words_smem.index(stage), T)
     for i in gl.static_range(COUNT):
         behind = stage - 1
         if behind < 0:
-            behind = STAGES - 1
+            behind = T.stages - 1
         following = stage + 1
-        if following == STAGES:
+        if following == T.stages:
             following = 0
         for g in gl.static_range(GROUPS):
-            w = part_of_tile(words, columns, g // BLOCKS, g % BLOCKS, BLOCKS, BITS, PARTS, HAS_ZERO, DTYPE, A)
+            w = part_of_tile(words, columns, g // BLOCKS, g % BLOCKS, BLOCKS, T)
             if g == GROUPS - 1 and i + 1 < COUNT:
-                wait_passed_on(following, WARPS)
-                words = load_words(words_smem.index(following), BLOCK_N, BITS, WARPS, CTAS, A)
+                wait_passed_on(following, T)
+                words = load_words(words_smem.index(following), T)
             # all but the last group are done. Words pass through: what is made of them must not be made earlier, or it
             # might take registers that a group still reads
             passed = warpgroup_mma_wait(1, deps=sums + (words, operands[0]))
             words = passed[BLOCKS]
             if g == 1:  # all but group 0 of this tile are done: the stage of the last may be filled
-                arrive_empty(behind, filled_again(t + i, first, last, STAGES, SHARERS), BASE, STAGES, SHARERS)
+                arrive_empty(behind, filled_again(t + i, first, last, T), T)
             x = x_smem.index(2 * stage + g // BLOCKS).permute([1, 0])
             acc = warpgroup_mma(w, x, passed[g % BLOCKS], is_async=True)
             sums = (acc,)
@@ -128,9 +109,8 @@ def _multiply_some(  # type: ignore[no-untyped-def]
             operands = (operands[1], w)
             if g == 0:
                 columns = columns + load_columns(
-                    scale_ptr, zero_ptr, part_of_unit, t + i + AHEAD, rows_of_operand(n0, BLOCK_N, A), N, K, tiles,
-                    BITS, GROUP, HAS_ZERO, EVEN_N, DTYPE,
-                )  # fmt: skip
-        columns = behind_first(columns, FIELDS, (AHEAD + 1) * FIELDS)
+                    scale_ptr, zero_ptr, part_of_unit, t + i + tiles_ahead(T), n0, N, K, tiles, T
+                )
+        columns = behind_first(columns, T)
         stage = following
     return sums, operands, columns, stage

@@ -44,28 +44,22 @@ import triton.experimental.gluon.language as gl
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.cluster_sums import open_cluster
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
-from compress.kernels.stage_barriers import open_stages
 from compress.kernels.tile_parts import (
-    GROUP_N,
-    TiledConfig,
-    barrier_offset,
-    bytes_of_stage,
     copy_stage,
     first_columns,
     leave,
+    open_memory,
     share_of_tile,
-    stage_memory,
     tile_origin,
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
+from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 from compress.kernels.wna16_layout import PackedWeight
@@ -76,42 +70,28 @@ HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
     x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
-    M, N, K, tiles, first_tile, per_split,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    GROUP_N: gl.constexpr, CTAS: gl.constexpr, PDL: gl.constexpr, BEFORE_TAIL: gl.constexpr, IS_TAIL: gl.constexpr,
-    WARPS: gl.constexpr,
+    M, N, K, tiles, first_tile, per_split, T: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
-    dtype: gl.constexpr = x_desc.dtype
-
+    STAGES: gl.constexpr = T.stages
     fetch_first_descriptor("_tiled_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, BITS, SPLIT, CTAS, 1)
-    n0, m0 = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
-
-    words_smem, x_smem, barriers = stage_memory(words_desc, x_desc, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)
-    open_stages(barrier_offset(BLOCK_M, BLOCK_N, BITS, STAGES, CTAS), STAGES, WARPS, 1)
-    if CTAS > 1:
-        open_cluster(BLOCK_M, BLOCK_N, CTAS, 1, STAGES * bytes_of_stage(BLOCK_M, BLOCK_N, BITS))
-    fence_async_shared()
-    gl.thread_barrier()
+    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, T)
+    n0, m0 = tile_origin(tile, M, N, T)
+    words_smem, x_smem, barriers = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   True, False, True, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)  # fmt: skip
-    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M,
-                                          BLOCK_N, BITS, WARPS, CTAS, dtype)  # fmt: skip
-    wait_for_previous(PDL, BEFORE_TAIL, IS_TAIL)
+                   True, False, True, T)  # fmt: skip
+    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
+    wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
-                   False, True, True, BLOCK_M, BLOCK_N, BITS, STAGES, CTAS, 1)  # fmt: skip
+                   False, True, True, T)  # fmt: skip
 
     acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                         part_of_unit, first, last, n0, m0, N, K, tiles, GROUP, HAS_ZERO, EVEN_N, BLOCK_M, BLOCK_N,
-                         BITS, STAGES, WARPS, CTAS, 1, True, dtype)  # fmt: skip
-    if IS_TAIL and PDL:
+                         part_of_unit, first, last, n0, m0, N, K, tiles, True, T)  # fmt: skip
+    if T.is_tail and T.pdl:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, HAS_BIAS, BLOCK_M, BLOCK_N, BITS,
-          STAGES, SPLIT, WARPS, CTAS, 1)  # fmt: skip
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, T)
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -213,19 +193,17 @@ def _launch_tiles(
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
     words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
+    tile = Tile.of(
+        config, bits=bits, dtype=gl.float16 if x.dtype is torch.float16 else gl.bfloat16, group=weight.group_size,
+        has_zero=weight.zero is not None, has_bias=bias is not None, even_n=n % config.block_n == 0, pdl=pdl,
+        before_tail=before_tail, is_tail=is_tail,
+    )  # fmt: skip
     if config.producer:
-        launch_producer(
-            x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, pdl, before_tail,
-            is_tail,
-        )  # fmt: skip
+        launch_producer(x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile)
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
-            -(-tiles // split),
-            GROUP=weight.group_size, HAS_ZERO=weight.zero is not None, HAS_BIAS=bias is not None,
-            EVEN_N=n % config.block_n == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BITS=bits,
-            STAGES=config.stages, SPLIT=split, GROUP_N=GROUP_N, CTAS=ctas, PDL=pdl, BEFORE_TAIL=before_tail,
-            IS_TAIL=is_tail, WARPS=config.warps, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            -(-tiles // split), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:
         tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part

@@ -24,7 +24,7 @@ from test_kernels_wide import problem as byte_problem
 
 from compress.kernels import w4a16, wna16, wna16_layout
 from compress.kernels.reference import dequantize_weight, relative_error, w4a16_linear
-from compress.kernels.tile_parts import TiledConfig
+from compress.kernels.tile_shape import TiledConfig
 from compress.kernels.w4a16_decode import DecodeConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

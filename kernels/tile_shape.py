@@ -1,0 +1,244 @@
+"""What a tiled kernel is compiled for, as one constant of its code, and what follows from that: where things lie in
+shared memory, and layouts of registers.
+
+    shared memory of a program, from its begin (`global_smem`)
+
+    | words [STAGES, BLOCK_N BITS / 8, 64] int16 | x [2 STAGES, BLOCK_M, 64] | mail of a cluster | 2 STAGES mbarriers |
+    0                                            x_offset                    stages_bytes            barrier_offset
+
+Functions of a Tile are Triton's, not methods: Triton looks into those, and not into methods, when it asks whether code
+on its disk is still that of the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
+
+GROUP_N = 8
+_UNIT = 1024  # bytes that parts of shared memory are multiples of, for swizzled copies
+_PAD = 4  # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
+
+
+@dataclass(frozen=True)
+class TiledConfig:
+    """Tile sizes of one launch. split_k programs, 1, 2, 4 or 8, share the K of each tile that does not fill a wave of
+    the machine; cluster: so many of them, side by side, add up through shared memory, where sums fit the stages
+    (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`). sharers, 1 or 2: programs of so many
+    tiles, neighbours in N, are one cluster and get x by one copy (`stage_barriers`), where there is a producer and no
+    sum of a program alone goes to the workspace. unroll: tiles of K in a straight line (`unrolled_product`), where
+    there is a producer."""
+
+    block_m: int
+    block_n: int
+    split_k: int
+    warps: int
+    stages: int
+    cluster: int = 1
+    producer: bool = False
+    sharers: int = 1
+    unroll: int = 1
+
+    @property
+    def adders(self) -> int:
+        """Programs of a cluster that add up one tile."""
+        return _adders(self)
+
+    @property
+    def ctas(self) -> int:
+        """Programs of a cluster."""
+        return self.adders * self.shares_x
+
+    @property
+    def shares_x(self) -> int:
+        """`sharers`, or 1 where there is none to share x with."""
+        return self.sharers if self.producer and (self.adders > 1 or self.split_k == 1) else 1
+
+    def memory_bytes(self, bits: int = 4) -> int:
+        """Shared memory of stages, mail and mbarriers."""
+        return _memory_bytes(self, bits)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
+    share x; unroll: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
+    dependent launch; before_tail, is_tail: of two launches whose second computes the rest, the first and the second."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    warps: int
+    split: int
+    adders: int
+    sharers: int = 1
+    unroll: int = 1
+    bits: int = 4
+    dtype: Any = gl.float16
+    group: int = 128
+    has_zero: bool = False
+    has_bias: bool = False
+    even_n: bool = True
+    pdl: bool = True
+    before_tail: bool = False
+    is_tail: bool = False
+
+    @classmethod
+    def of(cls, config: TiledConfig, **others: Any) -> Tile:
+        return cls(
+            config.block_m, config.block_n, config.stages, config.warps, config.split_k, config.adders,
+            config.shares_x, config.unroll if config.producer else 1, **others,
+        )  # fmt: skip
+
+
+# -- how large --------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def ctas_of(t):  # type: ignore[no-untyped-def]
+    """Programs of a cluster."""
+    return t.adders * t.sharers
+
+
+@gluon.constexpr_function
+def blocks_of(t):  # type: ignore[no-untyped-def]
+    """Blocks of 16 rows of a warp."""
+    return t.block_n // (16 * t.warps)
+
+
+@gluon.constexpr_function
+def stage_bytes(t):  # type: ignore[no-untyped-def]
+    """Words and x of a tile of K."""
+    return t.block_n * 16 * t.bits + t.block_m * 256
+
+
+@gluon.constexpr_function
+def stages_bytes(t):  # type: ignore[no-untyped-def]
+    return t.stages * stage_bytes(t)
+
+
+@gluon.constexpr_function
+def x_offset(t):  # type: ignore[no-untyped-def]
+    """Of x, behind the words of all stages."""
+    return t.stages * t.block_n * 16 * t.bits
+
+
+@gluon.constexpr_function
+def share_bytes(t):  # type: ignore[no-untyped-def]
+    """Sums of the tokens that a program of a cluster owns [tokens, BLOCK_N + _PAD]: a multiple of 16."""
+    return t.block_m // t.adders * (t.block_n + _PAD) * 4
+
+
+@gluon.constexpr_function
+def mail_offset(t):  # type: ignore[no-untyped-def]
+    """Behind the stages; of two programs within them, behind a program's own sums."""
+    return stages_bytes(t) if t.adders > 2 else t.adders * share_bytes(t)
+
+
+@gluon.constexpr_function
+def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
+    """Behind the mail of the others."""
+    return mail_offset(t) + (t.adders - 1) * share_bytes(t)
+
+
+@gluon.constexpr_function
+def memory_units(t):  # type: ignore[no-untyped-def]
+    """Kilobytes of all."""
+    mail = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
+    return stages_bytes(t) // _UNIT + -(-(mail + 16 * t.stages) // _UNIT)
+
+
+@gluon.constexpr_function
+def barrier_offset(t):  # type: ignore[no-untyped-def]
+    """Of the mbarriers of `stage_barriers`: they are the end of the last unit."""
+    return memory_units(t) * _UNIT - 16 * t.stages
+
+
+@cache  # both: a launch asks for them, and what kernels share is slow to call
+def _adders(config: TiledConfig) -> int:
+    """Where sums fit the stages of 4 bits, so that they do with more."""
+    adders = min(config.cluster, config.split_k)
+    tile = Tile(config.block_m, config.block_n, config.stages, config.warps, config.split_k, adders)
+    own = adders * int(share_bytes(tile)) if adders > 2 else int(mail_barrier_offset(tile)) + 8
+    return adders if own <= int(stages_bytes(tile)) else 1
+
+
+@cache
+def _memory_bytes(config: TiledConfig, bits: int) -> int:
+    return int(memory_units(Tile.of(config, bits=bits))) * _UNIT
+
+
+# -- what it is dequantized with --------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def in_units(t):  # type: ignore[no-untyped-def]
+    """Whether weights are dequantized by `scaled_slice`."""
+    return t.bits == 4 and not t.has_zero and t.dtype == gl.float16
+
+
+@gluon.constexpr_function
+def fields_per_tile(t):  # type: ignore[no-untyped-def]
+    """Scales and zeros of a row and a tile of K."""
+    return fields_of(t.group, t.has_zero)
+
+
+@gluon.constexpr_function
+def tiles_ahead(t):  # type: ignore[no-untyped-def]
+    """How many tiles before they are used scales are loaded: they come from memory and are few; further ahead than a
+    load takes, as far as registers allow."""
+    return 2 if parts_of(t.group) <= 2 else 1
+
+
+# -- layouts ----------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def memory_layout(t):  # type: ignore[no-untyped-def]
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=cluster_bases(ctas_of(t), 1))
+
+
+@gluon.constexpr_function
+def mma_layout(t):  # type: ignore[no-untyped-def]
+    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, t.block_m, 16], cluster_bases(ctas_of(t), 2))
+
+
+@gluon.constexpr_function
+def operand_layout(t):  # type: ignore[no-untyped-def]
+    """Of the MMA's left operand, weights."""
+    return gl.DotOperandLayout(0, mma_layout(t), 2)
+
+
+@gluon.constexpr_function
+def words_layout(t):  # type: ignore[no-untyped-def]
+    """[BLOCK_N BITS / 8, 64] int16, in 4 bits two rows of W side by side, held as wgmma holds its left operand
+    [BLOCK_N, 8 BITS]: lane 4 r + q of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 .. further) of rows 16 w + r
+    and 16 w + r + 8."""
+    bits = t.bits
+    if bits == 4:
+        reg, lane = [[0, 1], [4, 0], [0, 8], [0, 16]], [[0, 2], [0, 4], [0, 32], [1, 0], [2, 0]]
+    else:
+        reg, lane = [[0, 1], [8, 0], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    row = 16 * t.warps
+    while row < t.block_n:
+        reg.append([row * bits // 8, 0])
+        row *= 2
+    warp = []
+    w = 1
+    while w < t.warps:
+        warp.append([2 * bits * w, 0])
+        w *= 2
+    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas_of(t), 2), [t.block_n * bits // 8, 64])
+
+
+@gluon.constexpr_function
+def sum_layout(t):  # type: ignore[no-untyped-def]
+    """[BLOCK_M, SHARERS * BLOCK_N] float32 dealt out to a cluster, 16 bytes a thread along the columns."""
+    wide = t.block_n // 4 if t.block_n < 128 else 32
+    return gl.BlockedLayout([1, 4], [32 // wide, wide], [t.warps, 1], [1, 0], cluster_shares(t.adders, t.sharers))
