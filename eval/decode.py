@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.arguments import numbers, run_command
 from compress.atomic import write_json
 from compress.decode_weights import DecodeModel, read_model
 from compress.decoder import Decoder
@@ -281,7 +282,7 @@ def copy_bandwidth(options: Options) -> float:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=(*SHAPES, "all"), default="all", help="all: without tiny")
-    parser.add_argument("--batches", default="1,4,16,64", help="comma-separated numbers of sequences")
+    parser.add_argument("--batches", type=numbers, default="1,4,16,64", help="numbers of sequences")
     parser.add_argument("--cache", type=int, default=1024, help="tokens of each sequence that the KV cache holds")
     parser.add_argument("--steps", type=int, default=50, help="timed steps")
     parser.add_argument("--device", default="auto")
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         dense, quantized = random_pair(SHAPES[name], options.device, options.dtype)
         models = {"engine": read_model(dense), "engine int4": read_model(quantized)}
         del quantized
-        for batch in map(int, args.batches.split(",")):
+        for batch in args.batches:
             rows = measure_batch(name, models, dense, batch, options)
             for row in rows:
                 if row.p50_ms is not None:
@@ -343,4 +344,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.arguments import run_command
 from compress.atomic import write_json
 from compress.decode_weights import DecodeModel, Packed, read_model
 from compress.decoder import Decoder, StepTiles
@@ -220,4 +221,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

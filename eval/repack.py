@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.arguments import run_command
 from compress.atomic import write_atomically, write_json
 from compress.checkpoint import decode, encode
 from compress.environment import describe
@@ -188,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from compress.arguments import names, numbers, run_command
 from compress.atomic import write_json
 from compress.blocks import EngineInputs, compress_blocks
 from compress.config_quant import ObserverName, QuantConfig, Rounding, SchemeConfig, Transform
@@ -167,8 +168,8 @@ def _anonymous_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--blocks", default="6,12,24", help="comma-separated numbers of blocks")
-    parser.add_argument("--methods", default="gptq4", help=f"comma-separated, of {', '.join(METHODS)}")
+    parser.add_argument("--blocks", type=numbers, default="6,12,24", help="numbers of blocks")
+    parser.add_argument("--methods", type=names(METHODS), default="gptq4", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
@@ -181,8 +182,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(options.work or temporary)
-        for method in options.methods.split(","):
-            for blocks in map(int, options.blocks.split(",")):
+        for method in options.methods:
+            for blocks in options.blocks:
                 job = Job(options.shape, blocks, method, options.sequences, options.length, options.batch)
                 # a process each: memory that an allocator keeps from one run must not hide the next one's
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -199,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.arguments import numbers, run_command, shapes
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import bench_plot, bench_report, contenders, peers, timing
 from compress.kernels.contenders import Call, Contender
@@ -253,8 +254,8 @@ def describe_machine(device: str) -> dict[str, Any]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--shapes", help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
-    parser.add_argument("--ms", "--tokens", help="rows of x, e.g. 1,16,256")
+    parser.add_argument("--shapes", type=shapes, help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
+    parser.add_argument("--ms", "--tokens", type=numbers, help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w4-channel,w8g128,w8a8")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
@@ -264,9 +265,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--roofline", type=Path, help="plot of rates against arithmetic intensity: .html, .png or .svg")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "bfloat16"))
-    args.ms = sorted({int(m) for m in (args.ms or DEFAULT_MS[args.device]).split(",")})
-    pairs = (args.shapes or DEFAULT_SHAPES[args.device]).split(",")
-    args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in pairs)]
+    args.ms = sorted(args.ms or numbers(DEFAULT_MS[args.device]))
+    args.shapes = args.shapes or shapes(DEFAULT_SHAPES[args.device])
     args.peers = [] if args.peers == "none" or args.device == "cpu" else args.peers.split(",")
     try:
         args.schemes = [Scheme.parse(label) for label in args.schemes.split(",")]
@@ -365,4 +365,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

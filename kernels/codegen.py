@@ -42,13 +42,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from compress.arguments import names, numbers, run_command, shapes
 from compress.atomic import write_json
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import common, dispatch, table_file
 from compress.kernels.choose import hopper_problem
 from compress.kernels.common import Machine
 from compress.kernels.problem import Scheme
-from compress.kernels.tunables import TUNABLES, Tunable, specimens, usable
+from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +84,24 @@ class _NoGpu:
         return 0
 
 
+def check_compiles() -> None:
+    """
+    Raises:
+        EnvironmentProblem: Triton's interpreter is on, which compiles nothing.
+    """
+    if common.INTERPRETED:
+        raise EnvironmentProblem("TRITON_INTERPRET=1 is set, and an interpreter compiles nothing; unset it")
+
+
 @contextmanager
 def compiling_for(machine: Machine) -> Iterator[list[Code]]:
     """Launches with operands on the CPU compile for `machine` and run nothing. Yields a list that takes what ptxas says
     of each kernel, the first time it is launched; Triton's cache on disk is left out.
 
     Raises:
-        EnvironmentProblem: Triton's interpreter is on, which compiles nothing.
+        EnvironmentProblem: see `check_compiles`.
     """
-    if common.INTERPRETED:
-        raise EnvironmentProblem("TRITON_INTERPRET=1 is set, and an interpreter compiles nothing; unset it")
+    check_compiles()
     found: list[Code] = []
     run = JITFunction.run
 
@@ -217,26 +226,25 @@ def _hopper_problem(gpu: str) -> str | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=MACHINES, default="H100")
-    parser.add_argument("--kernels", help=f"comma list of {', '.join(TUNABLES)} (default: those that such a GPU uses)")
+    parser.add_argument(
+        "--kernels",
+        type=names(TUNABLES),
+        default=[],
+        help=f"comma list of {', '.join(TUNABLES)} (default: those that such a GPU uses)",
+    )
     parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8")
-    parser.add_argument("--dtype", dest="dtypes", default="float16", help="float16, bfloat16 or both, with a comma")
-    parser.add_argument("--shapes", default="4096x4096,28672x4096,4096x14336", help="N x K for the rules")
-    parser.add_argument("--tokens", dest="ms", default="1,16,64,256,1024", help="values of M for the rules")
+    parser.add_argument(
+        "--dtype", dest="dtypes", type=names(DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
+    )
+    parser.add_argument("--shapes", type=shapes, default="4096x4096,28672x4096,4096x14336", help="N x K for the rules")
+    parser.add_argument(
+        "--tokens", dest="ms", type=numbers, default="1,16,64,256,1024", help="values of M for the rules"
+    )
     parser.add_argument("--all", action="store_true", help="every configuration that tune would try at these M")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="directory for codegen.json")
     args = parser.parse_args(argv)
-    try:
-        args.ms = [int(m) for m in args.ms.split(",")]
-        args.shapes = [(int(n), int(k)) for n, k in (pair.split("x") for pair in args.shapes.split(","))]
-    except ValueError as problem:
-        parser.error(f"--tokens are numbers and --shapes pairs like 4096x4096, with commas: {problem}")
-    args.dtypes, args.schemes = args.dtypes.split(","), args.schemes.split(",")
-    args.kernels = args.kernels.split(",") if args.kernels else []
-    if unknown := [name for name in args.kernels if name not in TUNABLES]:
-        parser.error(f"--kernels {','.join(unknown)}: known are {', '.join(TUNABLES)}")
-    if unknown := [name for name in args.dtypes if name not in ("float16", "bfloat16")]:
-        parser.error(f"--dtype {','.join(unknown)}: known are float16 and bfloat16")
+    args.schemes = args.schemes.split(",")
     try:
         schemes = [Scheme.parse(label) for label in args.schemes]
     except ConfigError as problem:
@@ -251,6 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    check_compiles()
     every = list(tasks(args))
     print(f"{len(every)} configurations for an {args.gpu}, triton {triton.__version__}")
     print(f"{'registers':>9} {'spills':>6} {'shared':>7} {'mma':>4}  kernel, configuration")
@@ -284,4 +293,4 @@ def show(task: Task, codes: list[Code] | str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,7 +22,7 @@ implementation, where M is a number; torch.compile traces only the operator's fa
 
 Tables are shipped in `tables/`, one file a GPU and Triton version; entries found on this machine lie in the user's
 cache directory and come first (`table_file`). With COMPRESS_KERNEL_SEARCH=1 a key that no table holds exactly is
-searched once, within seconds, and kept (`tune.search`). Nothing is ever searched otherwise.
+searched once, within seconds, and kept (`search`). Nothing is ever searched otherwise.
 """
 
 from __future__ import annotations
@@ -231,9 +231,9 @@ def _search_once(product: Product) -> None:
     key = key_of(product)
     found = _find(key)
     if found is None or found[0] != key:
-        from compress.kernels import tune
+        from compress.kernels import search
 
-        tune.search(key, product[0])
+        search.search(key, product[0])
 
 
 def as_config(choice: Choice | None, kernel: str, config_type: type[Config]) -> Config | None:

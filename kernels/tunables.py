@@ -21,6 +21,7 @@ from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
 from compress.kernels.problem import GROUP, W4G128, Problem, Scheme
 
 _ANY_K = 1 << 20
+DTYPES = ("float16", "bfloat16")  # of activations and scales
 
 
 @dataclass(frozen=True)

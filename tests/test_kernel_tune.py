@@ -12,7 +12,7 @@ import pytest
 import torch
 from table_entries import CONFIG, entry, key, own_tables
 
-from compress.kernels import dispatch, problem, table_file, timing, tunables, tune, w4a16, w8a8, wna16
+from compress.kernels import dispatch, problem, search, table_file, timing, tunables, tune, w4a16, w8a8, wna16
 from compress.kernels.dispatch import Choice, Entry, Key
 from compress.kernels.problem import Problem, Scheme
 
@@ -49,22 +49,22 @@ def test_search_stops_before_the_budget_would_be_passed() -> None:
     """Oracle: seconds added by hand: after a (3 s), b (1 s) and c (4 s) 8 are gone, and one more of 4 would make 12."""
     clock, seen = Clock(), []
     table = {"a": (3.0, 9.0), "b": (1.0, 5.0), "c": (4.0, 7.0), "d": (0.1, 1.0)}
-    best = tune.best_within([("x", c) for c in table], timed(clock, table, seen), 10.0, clock)
+    best = search.best_within([("x", c) for c in table], timed(clock, table, seen), 10.0, clock)
     assert best == ("x", "b", 5.0) and seen == ["a", "b", "c"] and clock.now == 108.0
 
 
 def test_search_tries_the_first_whatever_it_takes_and_skips_what_is_wrong() -> None:
     """Oracle: one candidate that takes a minute, of a budget of a second; then a list in which others are wrong."""
     clock, seen = Clock(), []
-    assert tune.best_within([("x", "a"), ("x", "b")], timed(clock, {"a": (60.0, 9.0)}, seen), 1.0, clock) == (
+    assert search.best_within([("x", "a"), ("x", "b")], timed(clock, {"a": (60.0, 9.0)}, seen), 1.0, clock) == (
         "x",
         "a",
         9.0,
     )
     table = {"a": (0.0, None), "b": (0.0, 4.0), "c": (0.0, None)}
-    assert tune.best_within([("x", c) for c in table], timed(clock, table, seen), 1.0, clock) == ("x", "b", 4.0)
-    assert tune.best_within([("x", "a")], timed(clock, table, seen), 1.0, clock) is None
-    assert tune.best_within([], timed(clock, table, seen), 1.0, clock) is None
+    assert search.best_within([("x", c) for c in table], timed(clock, table, seen), 1.0, clock) == ("x", "b", 4.0)
+    assert search.best_within([("x", "a")], timed(clock, table, seen), 1.0, clock) is None
+    assert search.best_within([], timed(clock, table, seen), 1.0, clock) is None
 
 
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_candidates_begin_with_the_rule_and_leave_nothing_out(
     on_h100(monkeypatch)
     tunable, p = tunables.TUNABLES[kernel], Scheme.parse(label).problem(64, 512, "cpu")
     weight = tunable.pack(p, torch.float16)
-    found = tune.candidates(tunable, m, 64, 512, weight)
+    found = search.candidates(tunable, m, 64, 512, weight)
     fitting = [config for config in tunable.grid(m) if tunable.fits(weight, config)]
     every = {c for config in fitting for c in tunable.expand(m, 64, 512, config)}
     rule = tunable.default(m, weight)
@@ -118,11 +118,11 @@ def test_every_candidate_computes_the_product(monkeypatch: pytest.MonkeyPatch, l
     x = p.x(9)
     monkeypatch.setattr(timing, "rotating_copies", lambda weight: [weight])
     (name,) = tunables.usable(False, scheme)
-    weights = tune.Weights(p, torch.float16, [tunables.TUNABLES[name]])
+    weights = search.Weights(p, torch.float16, [tunables.TUNABLES[name]])
     pairs = weights.candidates(9)
     for tunable, config in (pairs[0], pairs[-2], pairs[-1]):
         y = tunable.launch(x.half(), weights.copies(tunable)[0], config)
-        assert tune.relative_error(y, p.reference(x)) < tunable.max_error, config
+        assert search.relative_error(y, p.reference(x)) < tunable.max_error, config
 
 
 class Graphs:
@@ -137,7 +137,7 @@ class Graphs:
 
     def take_turns(self, captured, replays=timing.REPLAYS):
         self.rounds.append([c.graph[0].split_k for c in captured])
-        return [[self.times(c.graph[0], c.graph[1] >= tune._FINAL_MS)] * 3 for c in captured]
+        return [[self.times(c.graph[0], c.graph[1] >= search._FINAL_MS)] * 3 for c in captured]
 
     def launch(self, x, weight, config):
         self.launched.append(config)
@@ -172,8 +172,8 @@ def test_the_fastest_of_short_graphs_take_turns_and_those_decide(monkeypatch: py
     final = {1: 5.5, 2: 4.5, 4: 4.1, 16: 6.1}
     graphs = without_gpu(monkeypatch, SHORT, final)
     p = Problem(32, 256, "cpu", 64)
-    weights = tune.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]])
-    cells = tune.tune_cell(weights, p.x(3), p.reference(p.x(3)))
+    weights = search.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]])
+    cells = search.tune_cell(weights, p.x(3), p.reference(p.x(3)))
     assert graphs.rounds[-1] == [2, 4, 1, 16]
     timed = [(4, 4.1, True), (2, 4.5, True), (1, 5.5, True), (16, 6.1, True), (32, 7.0, False), (8, None, False)]
     assert [(c["config"]["split_k"], c["us"], c["final"]) for c in cells] == timed
@@ -184,8 +184,8 @@ def test_a_cell_without_budget_tries_the_rule_alone(monkeypatch: pytest.MonkeyPa
     """Oracle: one configuration, the rule's, timed and final."""
     without_gpu(monkeypatch, SHORT, SHORT)
     p = Problem(32, 256, "cpu", 64)
-    weights = tune.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]])
-    (cell,) = tune.tune_cell(weights, p.x(3), p.reference(p.x(3)), budget_s=0.0)
+    weights = search.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]])
+    (cell,) = search.tune_cell(weights, p.x(3), p.reference(p.x(3)), budget_s=0.0)
     assert cell["rule"] and cell["final"] and cell["config"]["split_k"] == 1
 
 
@@ -193,7 +193,7 @@ def test_what_the_table_has_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> N
     """Oracle: a table asked for this very product that answers 16; the rule, 1, comes after it, each once."""
     without_gpu(monkeypatch, SHORT, SHORT)
     p = Problem(32, 256, "cpu", 64)
-    weights = tune.Weights(p, torch.float16, [tunables.TUNABLES["w4a16"]])
+    weights = search.Weights(p, torch.float16, [tunables.TUNABLES["w4a16"]])
     (rule, *_) = weights.candidates(3)
     asked: list[Key] = []
     answer = Choice("w4a16", vars(replace(rule[1], split_k=16)))
@@ -210,7 +210,7 @@ def test_a_run_keeps_every_shape_it_finished(
     fastest finalists by hand; the share of a cell is the rest of the budget over the cells left."""
     without_gpu(monkeypatch, SHORT, {1: 5.5, 2: 4.5, 4: 4.1, 16: 6.1})
     shares: list[float] = []
-    real = tune.tune_cell
+    real = search.tune_cell
 
     def noted(weights, x, reference, budget_s):
         shares.append(budget_s)
@@ -279,23 +279,23 @@ def test_known_configurations_are_those_of_the_tables(monkeypatch: pytest.Monkey
     on_h100(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6")
-    tune.known_configs.cache_clear()
+    search.known_configs.cache_clear()
     p = Scheme.parse("w4g64-asym").problem(4096, 512, "cpu")
     weight = tunables.TILED.pack(p, torch.float16)
-    found = tune.candidates(tunables.TILED, 64, 4096, 14336, weight, known=True)
+    found = search.candidates(tunables.TILED, 64, 4096, 14336, weight, known=True)
     table = table_file.load("H100", "3.6")
     held = [dict(e.choice.config) for e in table.values() if e.choice.kernel == "w4a16_tiled"]
     assert found[0] == tunables.TILED.default(64, weight) and all(vars(c) in held for c in found[1:])
-    every = tune.candidates(tunables.TILED, 64, 4096, 14336, weight)
+    every = search.candidates(tunables.TILED, 64, 4096, 14336, weight)
     assert {c for c in every if vars(c) in held} <= set(found) and 3 < len(found) < len(every) / 4
-    tune.known_configs.cache_clear()
+    search.known_configs.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--kernels", "marlin"], "known are w4a16, w4a16_decode"),
-        (["--dtype", "float32"], "float16 and bfloat16"),
+        (["--dtype", "float32"], "float32: known are float16, bfloat16"),
         (["--schemes", "int4"], "they read w4g128"),
         (["--shapes", "64x100"], "multiple of the group of w4g128"),
     ],
@@ -312,8 +312,8 @@ def searchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[w4a16.Config]]:
     """A cuda:0 that is none, and the kernel of `without_gpu`. Returns the list of what was launched."""
     us = {1: 5.0, 2: 3.0, 4: 4.0, 8: 1.0}
     graphs = without_gpu(monkeypatch, us, us)
-    monkeypatch.setattr(tune, "hopper_kernels", lambda device: False)
-    monkeypatch.setattr(tune, "Problem", lambda n, k, device, *rest: Problem(n, k, "cpu", *rest))
+    monkeypatch.setattr(search, "hopper_kernels", lambda device: False)
+    monkeypatch.setattr(search, "Problem", lambda n, k, device, *rest: Problem(n, k, "cpu", *rest))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 8GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -405,9 +405,9 @@ def test_only_what_is_named_is_tried_beside_the_rule_and_all_take_turns(monkeypa
     graphs = without_gpu(monkeypatch, us, us)
     p = Problem(32, 256, "cpu", 64)
     only = [("w4a16", w4a16.Config(16, 32, split, 4, 2)) for split in (5, 2, 3, 4)]
-    weights = tune.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]], only=only)
+    weights = search.Weights(p, torch.float32, [tunables.TUNABLES["w4a16"]], only=only)
     x = p.x(3)
-    cells = tune.tune_cell(weights, x, p.reference(x))
+    cells = search.tune_cell(weights, x, p.reference(x))
     assert graphs.rounds[5:] == [[1, 2, 3, 4, 5]] and all(cell["final"] for cell in cells)
     assert [cell["config"]["split_k"] for cell in cells if cell["rule"]] == [1]
     tasks = tune.compile_tasks({"w4g128": [tunables.W4A16], "w8a8": [tunables.W8A8]}, args)
