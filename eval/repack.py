@@ -31,10 +31,9 @@ from compress.arguments import run_command
 from compress.atomic import write_atomically, write_json
 from compress.checkpoint import decode, encode
 from compress.environment import describe
-from compress.errors import ConfigError
 from compress.eval.random_models import SHAPES, Shape
 from compress.eval.roofline import synchronize
-from compress.kernels.problem import Scheme
+from compress.kernels.problem import Scheme, schemes
 from compress.models import choose_device
 from compress.qlinear import Backend, QuantLinear
 from compress.quant import Granularity, QuantizedWeight, QuantScheme
@@ -145,17 +144,14 @@ def markdown(result: dict[str, Any]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-3-8b")
-    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8-channel,w3g128")
+    parser.add_argument(
+        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8-channel,w3g128"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="passes after the first")
     parser.add_argument("--device", default="auto", help="on a CPU Triton's interpreter must be on: TRITON_INTERPRET=1")
     parser.add_argument("--out", type=Path, help="directory for repack_<device>.json, .md")
     args = parser.parse_args(argv)
-    args.schemes = args.schemes.split(",")
-    try:
-        parsed = [Scheme.parse(label) for label in args.schemes]
-    except ConfigError as problem:
-        parser.error(f"--schemes: {problem}")
-    if any(scheme.int8 for scheme in parsed):
+    if any(scheme.int8 for scheme in args.schemes):
         parser.error(
             "--schemes w8a8: stored as w8-channel, and no layer takes its layout unless it is named; leave it out"
         )
@@ -168,7 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = choose_device(args.device)
-    rows = [measure(SHAPES[args.shape], label, device, args.repeats) for label in args.schemes]
+    rows = [measure(SHAPES[args.shape], scheme.label, device, args.repeats) for scheme in args.schemes]
     result = {
         "metric": "seconds to repack all linears of a model",
         "environment": describe(device, torch.bfloat16),

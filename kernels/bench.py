@@ -43,10 +43,10 @@ import torch
 from torch import Tensor
 
 from compress.arguments import numbers, run_command, shapes
-from compress.errors import ConfigError, EnvironmentProblem
+from compress.errors import EnvironmentProblem
 from compress.kernels import bench_plot, bench_report, contenders, peers, timing
 from compress.kernels.contenders import Call, Contender
-from compress.kernels.problem import W4G128, Problem, Scheme, guarded
+from compress.kernels.problem import W4G128, Problem, Scheme, guarded, schemes
 from compress.kernels.reference import relative_error
 
 MAX_ERROR = 0.01
@@ -257,7 +257,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", type=shapes, help="N x K pairs, e.g. 4096x4096,28672x4096; K a multiple of 128")
     parser.add_argument("--ms", "--tokens", type=numbers, help="rows of x, e.g. 1,16,256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16 on a GPU, bfloat16 on a CPU")
-    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w4-channel,w8g128,w8a8")
+    parser.add_argument(
+        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w4-channel,w8g128,w8a8"
+    )
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="comma list, or none (default %(default)s)")
     parser.add_argument("--paths", action="store_true", help='also time both paths behind "ours" at every M')
     parser.add_argument("--budget-s", type=float, default=0.3, help="seconds of timing for a cell on a CPU")
@@ -268,10 +270,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.ms = sorted(args.ms or numbers(DEFAULT_MS[args.device]))
     args.shapes = args.shapes or shapes(DEFAULT_SHAPES[args.device])
     args.peers = [] if args.peers == "none" or args.device == "cpu" else args.peers.split(",")
-    try:
-        args.schemes = [Scheme.parse(label) for label in args.schemes.split(",")]
-    except ConfigError as problem:
-        parser.error(f"--schemes: {problem}")
     for n, k in args.shapes:
         if odd := [s.label for s in args.schemes if k % 128 or k % (s.group or k)]:
             parser.error(f"shape {n}x{k}: K must be a multiple of 128 and of the group of {', '.join(odd)}")

@@ -44,11 +44,11 @@ from triton.runtime.jit import JITFunction
 
 from compress.arguments import names, numbers, run_command, shapes
 from compress.atomic import write_json
-from compress.errors import ConfigError, EnvironmentProblem
+from compress.errors import EnvironmentProblem
 from compress.kernels import common, dispatch, table_file
 from compress.kernels.choose import hopper_problem
 from compress.kernels.common import Machine
-from compress.kernels.problem import Scheme
+from compress.kernels.problem import Scheme, schemes
 from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,7 @@ def _packed(scheme: Scheme, kernel: str, n: int, k: int, dtype: torch.dtype) -> 
 
 def tasks(args: argparse.Namespace) -> Iterator[Task]:
     """Each configuration of each kernel once, with the least M: of the whole grid, or of the rules and the tables."""
-    for label, dtype in itertools.product(args.schemes, args.dtypes):
-        scheme = Scheme.parse(label)
+    for scheme, dtype in itertools.product(args.schemes, args.dtypes):
         for name in args.kernels or usable(not _hopper_problem(args.gpu), scheme):
             if not TUNABLES[name].computes(scheme):
                 continue
@@ -172,7 +171,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
             with common.cpu_as(MACHINES[args.gpu]):
                 found = _configurations(TUNABLES[name], scheme, getattr(torch, dtype), args)
             for (config, m), k in itertools.product(found.items(), sorted(depths)):
-                yield args.gpu, label, name, config, m, dtype, k
+                yield args.gpu, scheme.label, name, config, m, dtype, k
 
 
 def _configurations(tunable: Tunable, scheme: Scheme, dtype: torch.dtype, args: argparse.Namespace) -> dict[Any, int]:
@@ -232,7 +231,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help=f"comma list of {', '.join(TUNABLES)} (default: those that such a GPU uses)",
     )
-    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8")
+    parser.add_argument(
+        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8"
+    )
     parser.add_argument(
         "--dtype", dest="dtypes", type=names(DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
     )
@@ -244,16 +245,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="directory for codegen.json")
     args = parser.parse_args(argv)
-    args.schemes = args.schemes.split(",")
-    try:
-        schemes = [Scheme.parse(label) for label in args.schemes]
-    except ConfigError as problem:
-        parser.error(f"--schemes: {problem}")
     wrong = _hopper_problem(args.gpu)
     if wrong and any(TUNABLES[name].hopper for name in args.kernels):
         parser.error(f"--kernels: those for Hopper do not compile here: {wrong}")
-    if args.kernels and not any(TUNABLES[name].computes(scheme) for name in args.kernels for scheme in schemes):
-        parser.error(f"none of --kernels {','.join(args.kernels)} computes any of --schemes {','.join(args.schemes)}")
+    if args.kernels and not any(TUNABLES[name].computes(scheme) for name in args.kernels for scheme in args.schemes):
+        labels = ",".join(scheme.label for scheme in args.schemes)
+        parser.error(f"none of --kernels {','.join(args.kernels)} computes any of --schemes {labels}")
     return args
 
 

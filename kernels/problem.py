@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,18 @@ class Scheme:
 
 
 W4G128 = Scheme()
+
+
+def schemes(text: str) -> list[Scheme]:
+    """A list of labels on a command line, each once.
+
+    Raises:
+        ArgumentTypeError: one is no scheme's.
+    """
+    try:
+        return list(dict.fromkeys(Scheme.parse(label) for label in text.split(",")))
+    except ConfigError as problem:
+        raise ArgumentTypeError(str(problem)) from problem
 
 
 class Problem:

@@ -50,7 +50,7 @@ from compress.kernels.choose import hopper_kernels
 from compress.kernels.common import n_sms
 from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Entry, Key
-from compress.kernels.problem import Problem, Scheme
+from compress.kernels.problem import Problem, Scheme, schemes
 from compress.kernels.search import Weights, entry_of, known_configs, tune_cell
 from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
 
@@ -62,13 +62,13 @@ _CONTEXT_BYTES = 10**9  # of a process on the GPU, whatever it computes
 Task = tuple[str, Any, int, str, str, int, bool, bool]
 
 
-def compile_tasks(schemes: dict[str, list[Tunable]], args: argparse.Namespace) -> list[Task]:
+def compile_tasks(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -> list[Task]:
     """One task for each kernel to compile. Configurations recur at several M: the smallest allows the most splits.
 
     One group a row is a constant of the kernel, so those are compiled for each K.
     """
     tasks: dict[tuple[Any, ...], Task] = {}
-    for label, tunables in schemes.items():
+    for label, tunables in kernels.items():
         depths = {4096} if Scheme.parse(label).group else {k for _, k in args.shapes}
         for tunable, dtype, k, m in itertools.product(tunables, args.dtypes, sorted(depths), sorted(args.ms)):
             named = [config for name, config in args.only if name == tunable.name]
@@ -169,7 +169,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", dest="dtypes", type=names(DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
     )
-    parser.add_argument("--schemes", default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8")
+    parser.add_argument(
+        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8"
+    )
     parser.add_argument(
         "--kernels",
         type=names(TUNABLES),
@@ -185,18 +187,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="directory for tune_<dtypes>_<schemes>.json, every figure")
     parser.add_argument("--table", type=Path, help="directory of tables to add the best of each cell to")
     args = parser.parse_args(argv)
-    args.schemes = args.schemes.split(",")
     try:
         args.only = [parse_only(text) for text in args.only]
     except ConfigError as problem:
         parser.error(f"--only: {problem}")
     if args.only and args.known:
         parser.error("--only names configurations and --known takes them from tables; say one of them")
-    try:
-        parsed = [Scheme.parse(label) for label in args.schemes]
-    except ConfigError as problem:
-        parser.error(f"--schemes: {problem}")
-    for scheme, (n, k) in itertools.product(parsed, args.shapes):
+    for scheme, (n, k) in itertools.product(args.schemes, args.shapes):
         if k % (scheme.group or k):
             parser.error(f"shape {n}x{k}: K must be a multiple of the group of {scheme.label}")
     return args
@@ -233,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
-    schemes = {label: kernels_for(Scheme.parse(label), args.kernels) for label in args.schemes}
-    began, tasks = time.monotonic(), compile_tasks(schemes, args)
+    kernels = {scheme.label: kernels_for(scheme, args.kernels) for scheme in args.schemes}
+    began, tasks = time.monotonic(), compile_tasks(kernels, args)
     processes = processes_that_fit(args.processes, tasks, torch.cuda.mem_get_info()[0], n_sms(torch.device("cuda")))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(_compile, tasks, chunksize=1)
@@ -242,21 +239,21 @@ def main(argv: list[str] | None = None) -> None:
     machine = describe_machine("cuda")
     print(json.dumps(machine))
     with imports_left_out_of_collection():
-        time_all(schemes, args, machine)
+        time_all(kernels, args, machine)
 
 
-def time_all(schemes: dict[str, list[Tunable]], args: argparse.Namespace, machine: dict[str, Any]) -> None:
+def time_all(kernels: dict[str, list[Tunable]], args: argparse.Namespace, machine: dict[str, Any]) -> None:
     """Every shape of every scheme; files are written after each."""
     cells: list[dict[str, Any]] = []
     began, done = time.monotonic(), 0
-    every = len(schemes) * len(args.shapes) * len(args.ms) * len(args.dtypes)
+    every = len(kernels) * len(args.shapes) * len(args.ms) * len(args.dtypes)
 
     def share_s() -> float:
         nonlocal done
         done += 1
         return (args.budget_s - (time.monotonic() - began)) / (every - done + 1)
 
-    for (label, tunables), (n, k) in itertools.product(schemes.items(), args.shapes):
+    for (label, tunables), (n, k) in itertools.product(kernels.items(), args.shapes):
         scheme = Scheme.parse(label)
         p = scheme.problem(n, k, "cuda")
         bits = quantized_bits(p)
@@ -279,7 +276,7 @@ def keep(cells: list[dict[str, Any]], args: argparse.Namespace, machine: dict[st
     """
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"tune_{'_'.join(args.dtypes + args.schemes)}.json"
+        path = args.out / f"tune_{'_'.join(args.dtypes + [scheme.label for scheme in args.schemes])}.json"
         write_json(path, {"metric": "us_per_call", "machine": machine, "cells": cells})
     if args.table:
         entries = entries_of(cells, dispatch.normalise_gpu(machine["device"]), dispatch.triton_version())
