@@ -2,7 +2,7 @@
 
 parser.add_argument("--tokens", type=numbers, default="1,16,64")
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
 """
 
 from __future__ import annotations

@@ -126,9 +126,10 @@ def make_steps(
                 decoder.seek(args.start)
             logits = decoder.step(token).float().clone()
             expected = logits if expected is None else expected
-            row.difference = relative_error(logits, expected.double())
-            if not row.difference < decode.MAX_ERROR[torch.bfloat16]:
-                raise ValueError(f"logits differ by {row.difference:.3g}")
+            difference = relative_error(logits, expected.double())
+            if not difference < decode.MAX_ERROR[torch.bfloat16]:
+                raise ValueError(f"logits differ by {difference:.3g}")
+            row.difference = difference
             decoders[i] = decoder
         except Exception as problem:
             if i == 0:  # nothing to compare with
@@ -158,7 +159,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="directory for decode_tiles.json")
+    parser.add_argument("--out", type=Path, help="directory for decode_tiles_<shape>_<batch>.json")
     args = parser.parse_args(argv)
     args.start = args.cache - args.steps - decode.WARM_STEPS
     if min(args.steps, args.rounds, args.batch) < 1 or args.start < 1:

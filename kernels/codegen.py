@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -44,7 +45,7 @@ from triton.runtime.jit import JITFunction
 
 from compress.arguments import names, numbers, run_command, shapes
 from compress.atomic import write_json
-from compress.errors import EnvironmentProblem
+from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import common, dispatch, table_file
 from compress.kernels.choose import hopper_problem
 from compress.kernels.common import Machine
@@ -73,14 +74,15 @@ class _NoGpu:
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        self.device = f"none of sm_{self.target.arch}"  # kernels are kept by device: apart from those of a real one
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        return self.device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
@@ -96,13 +98,14 @@ def check_compiles() -> None:
 @contextmanager
 def compiling_for(machine: Machine) -> Iterator[list[Code]]:
     """Launches with operands on the CPU compile for `machine` and run nothing. Yields a list that takes what ptxas says
-    of each kernel, the first time it is launched; Triton's cache on disk is left out.
+    of each kernel that they would run, once; Triton's cache on disk is left out.
 
     Raises:
         EnvironmentProblem: see `check_compiles`.
     """
     check_compiles()
     found: list[Code] = []
+    seen: set[str] = set()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -110,11 +113,11 @@ def compiling_for(machine: Machine) -> Iterator[list[Code]]:
         with redirect_stdout(said):  # where Triton puts what ptxas says
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if said.getvalue():
-            found.append(
-                read_report(
-                    said.getvalue(), kernel.metadata.name, kernel.metadata.shared, len(_MMA.findall(kernel.asm["ptx"]))
-                )
-            )
+            mma = len(_MMA.findall(kernel.asm["ptx"]))
+            _codes[kernel.hash] = read_report(said.getvalue(), kernel.metadata.name, kernel.metadata.shared, mma)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(_codes[kernel.hash])
 
     driver, knobs = triton.runtime.driver, triton.knobs
     before = driver._active
@@ -130,6 +133,7 @@ def compiling_for(machine: Machine) -> Iterator[list[Code]]:
         driver._active = before
 
 
+_codes: dict[str, Code] = {}  # by hash: Triton compiles a kernel once in a process
 _MMA = re.compile(r"^\s+(?:@%p\d+ )?(?:wgmma\.mma_async|mma\.sync)", re.MULTILINE)
 
 
@@ -162,12 +166,19 @@ def _packed(scheme: Scheme, kernel: str, n: int, k: int, dtype: torch.dtype) -> 
 
 
 def tasks(args: argparse.Namespace) -> Iterator[Task]:
-    """Each configuration of each kernel once, with the least M: of the whole grid, or of the rules and the tables."""
+    """Each configuration of each kernel once, with an M it is for: of the whole grid, or of the rules and the tables.
+
+    Raises:
+        ConfigError: a shape that a kernel does not take.
+    """
     for scheme, dtype in itertools.product(args.schemes, args.dtypes):
         for name in args.kernels or usable(not _hopper_problem(args.gpu), scheme):
             if not TUNABLES[name].computes(scheme):
                 continue
-            depths = {1024} if scheme.group else {k for _, k in args.shapes}
+            depths = {math.lcm(1024, scheme.group)} if scheme.group else {k for _, k in args.shapes}
+            for n, k in args.shapes:
+                if not TUNABLES[name].takes(n, k) or k % (scheme.group or k):
+                    raise ConfigError(f"{name} takes no {n}x{k} in {scheme.label}; name other --shapes, or --kernels")
             with common.cpu_as(MACHINES[args.gpu]):
                 found = _configurations(TUNABLES[name], scheme, getattr(torch, dtype), args)
             for (config, m), k in itertools.product(found.items(), sorted(depths)):
@@ -177,7 +188,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
 def _configurations(tunable: Tunable, scheme: Scheme, dtype: torch.dtype, args: argparse.Namespace) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for m, (n, k) in itertools.product(sorted(args.ms), args.shapes):
-        weight = _AsIf(_packed(scheme, tunable.name, 64, 1024, dtype), n, k)
+        weight = _AsIf(_packed(scheme, tunable.name, 64, math.lcm(1024, scheme.group or 1), dtype), n, k)
         if args.all:
             configs = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
             configs = [config for config in configs if tunable.fits(weight, config)]
@@ -206,7 +217,7 @@ def compile_one(task: Task) -> list[Code] | str:
                 TUNABLES[name].launch(x, _packed(scheme, name, n, depth, dtype), config)
     except Exception as problem:  # what does not compile is an answer, shown like the others
         return f"{type(problem).__name__}: {_last_line(problem)}"
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _last_line(problem: BaseException) -> str:
@@ -258,6 +269,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_compiles()
     every = list(tasks(args))
+    if not every:
+        labels = ",".join(scheme.label for scheme in args.schemes)
+        raise ConfigError(f"no kernel of {args.gpu} computes --schemes {labels}, so there is nothing to compile")
     print(f"{len(every)} configurations for an {args.gpu}, triton {triton.__version__}")
     print(f"{'registers':>9} {'spills':>6} {'shared':>7} {'mma':>4}  kernel, configuration")
     rows: list[dict[str, Any]] = []

@@ -49,10 +49,9 @@ Chosen = list[tuple[str, Any]]  # kernels and configurations
 
 def allowed(tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool, only: Chosen) -> list[Any]:
     """Configurations to try: the whole grid, what of it is known, or those that were named."""
-    if only:
-        every = [config for name, config in only if name == tunable.name]
-    else:
-        every = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
+    if only:  # one that does not fit is to be seen to fail
+        return [config for name, config in only if name == tunable.name]
+    every = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
     if known:
         every = [config for config in every if config in known_configs(tunable.name)]
     return [config for config in every if tunable.fits(weight, config)]

@@ -24,9 +24,8 @@ from triton.experimental import gluon
 
 from compress.kernels.tile_shape import barrier_offset
 
-# named barriers of the hardware, one a stage: the first 8 of 16 are left to Triton, which takes one for each partition
+# named barriers of the hardware, one for each warpgroup and stage: of 16, Triton takes two and one for each partition
 NAMED: gl.constexpr = gl.constexpr(8)
-MAX_PASSED_ON = 8
 
 
 @gluon.constexpr_function
@@ -142,21 +141,27 @@ def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, T: g
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _meeting(how, t):  # type: ignore[no-untyped-def]
-    """Threads of all consumers and of the warp that passes on."""
-    return "barrier.cta." + how + ".aligned $1, " + str(32 * t.warps + 32) + "; mov.b32 $0, 0;"
-
-
 @gluon.jit
 def pass_on(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """That the copies of a stage are there, to the consumers, which `wait_passed_on`. By one warp, which has waited."""
-    asm: gl.constexpr = _meeting("arrive", T)
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)
+    """That the copies of a stage are there, to all warpgroups of consumers. By one warp, which has waited for them."""
+    for group in gl.static_range(T.warps // 4):
+        gl.inline_asm_elementwise(
+            "barrier.cta.arrive.aligned $1, 160; mov.b32 $0, 0;", "=r,r",
+            [gl.to_tensor(NAMED + group * T.stages + stage)], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
 def wait_passed_on(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Until another warp has passed on that the copies of a stage are there: `wait_ready` without a loop."""
-    asm: gl.constexpr = _meeting("sync", T)
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(stage + NAMED)], dtype=gl.int32, is_pure=False, pack=1)
+    """Until another warp has passed on that the copies of a stage are there: `wait_ready` without a loop. The warps of
+    a warpgroup wait for each other, which their MMAs make them do anyway; warpgroups do not."""
+    first = 0
+    if T.warps > 4:
+        first = gl.inline_asm_elementwise(
+            "{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; mul.lo.u32 $0, t, $1;}", "=r,r",
+            [gl.to_tensor(T.stages)], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    gl.inline_asm_elementwise(
+        "barrier.cta.sync.aligned $1, 160; mov.b32 $0, 0;", "=r,r", [gl.to_tensor(NAMED + stage) + first],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

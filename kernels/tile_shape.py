@@ -12,7 +12,7 @@ on its disk is still that of the source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,8 +22,11 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
-_UNIT = 1024  # bytes that parts of shared memory are multiples of, for swizzled copies
-_PAD = 4  # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
+_MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
+_UNIT: gl.constexpr = gl.constexpr(1024)  # bytes that parts of shared memory are multiples of, for swizzled copies
+_PAD: gl.constexpr = gl.constexpr(
+    4
+)  # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TiledConfig:
     (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`). sharers, 1 or 2: programs of so many
     tiles, neighbours in N, are one cluster and get x by one copy (`stage_barriers`), where there is a producer and no
     sum of a program alone goes to the workspace. unroll: tiles of K in a straight line (`unrolled_product`), where
-    there is a producer."""
+    there is a producer and each share of K is some of them (`within`)."""
 
     block_m: int
     block_n: int
@@ -59,6 +62,16 @@ class TiledConfig:
     def shares_x(self) -> int:
         """`sharers`, or 1 where there is none to share x with."""
         return self.sharers if self.producer and (self.adders > 1 or self.split_k == 1) else 1
+
+    def within(self, tiles: int) -> TiledConfig:
+        """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples."""
+        return self if self.unroll == 1 else _within(self, tiles)
+
+    def as_it_runs(self) -> TiledConfig:
+        """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
+        producer, and unrolled ones where named barriers do not last for each warpgroup and stage."""
+        unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
+        return replace(self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll))
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail and mbarriers."""
@@ -93,7 +106,7 @@ class Tile:
     def of(cls, config: TiledConfig, **others: Any) -> Tile:
         return cls(
             config.block_m, config.block_n, config.stages, config.warps, config.split_k, config.adders,
-            config.shares_x, config.unroll if config.producer else 1, **others,
+            config.shares_x, config.unroll, **others,
         )  # fmt: skip
 
 
@@ -132,7 +145,7 @@ def x_offset(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def share_bytes(t):  # type: ignore[no-untyped-def]
     """Sums of the tokens that a program of a cluster owns [tokens, BLOCK_N + _PAD]: a multiple of 16."""
-    return t.block_m // t.adders * (t.block_n + _PAD) * 4
+    return t.block_m // t.adders * (t.block_n + _PAD.value) * 4
 
 
 @gluon.constexpr_function
@@ -151,16 +164,16 @@ def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
 def memory_units(t):  # type: ignore[no-untyped-def]
     """Kilobytes of all."""
     mail = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
-    return stages_bytes(t) // _UNIT + -(-(mail + 16 * t.stages) // _UNIT)
+    return stages_bytes(t) // _UNIT.value + -(-(mail + 16 * t.stages) // _UNIT.value)
 
 
 @gluon.constexpr_function
 def barrier_offset(t):  # type: ignore[no-untyped-def]
     """Of the mbarriers of `stage_barriers`: they are the end of the last unit."""
-    return memory_units(t) * _UNIT - 16 * t.stages
+    return memory_units(t) * _UNIT.value - 16 * t.stages
 
 
-@cache  # both: a launch asks for them, and what kernels share is slow to call
+@cache  # all three: a launch asks for them, and what kernels share is slow to call
 def _adders(config: TiledConfig) -> int:
     """Where sums fit the stages of 4 bits, so that they do with more."""
     adders = min(config.cluster, config.split_k)
@@ -170,8 +183,14 @@ def _adders(config: TiledConfig) -> int:
 
 
 @cache
+def _within(config: TiledConfig, tiles: int) -> TiledConfig:
+    unroll = config.as_it_runs().unroll
+    return replace(config, unroll=unroll if tiles % (config.split_k * unroll) == 0 else 1)
+
+
+@cache
 def _memory_bytes(config: TiledConfig, bits: int) -> int:
-    return int(memory_units(Tile.of(config, bits=bits))) * _UNIT
+    return int(memory_units(Tile.of(config, bits=bits))) * _UNIT.value
 
 
 # -- what it is dequantized with --------------------------------------------------------------------------

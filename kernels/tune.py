@@ -52,6 +52,7 @@ from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Entry, Key
 from compress.kernels.problem import Problem, Scheme, schemes
 from compress.kernels.search import Weights, entry_of, known_configs, tune_cell
+from compress.kernels.tile_shape import TiledConfig
 from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ def compile_tasks(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -
 
 
 def processes_that_fit(wanted: int, tasks: list[Task], free_bytes: int, n_sms: int) -> int:
-    """Processes that may compile at once: each makes and packs a problem on the GPU, 6 bytes a weight at its peak (on a
-    CPU, NOTES.md) and as much again in freed blocks of an allocator."""
+    """Processes that may compile at once: each makes and packs a problem on the GPU, some 6 bytes a weight at its peak
+    (measured on a CPU, for 8, 4 and 3 bits) and as much again in freed blocks of an allocator."""
     weights = [n * k for c, s, depth in {(t[1], t[4], t[5]) for t in tasks}
                for n, k in specimens(c, Scheme.parse(s), depth, n_sms)]  # fmt: skip
     return max(1, min(wanted, free_bytes // (_CONTEXT_BYTES + 12 * max(weights, default=0))))
@@ -214,9 +215,29 @@ def parse_only(text: str) -> tuple[str, Any]:
         typed = [bool(v) if kind in (bool, "bool") else v for v, kind in zip(given, kinds.values(), strict=False)]
         if len(given) > len(typed):
             raise TypeError(f"{len(given)} values")
-        return name, TUNABLES[name].config(*typed)
+        config = TUNABLES[name].config(*typed)
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{text!r}: {problem}; {name} takes numbers for {', '.join(kinds)}") from problem
+    if isinstance(config, TiledConfig) and config != config.as_it_runs():
+        runs = ",".join(str(int(value)) for value in vars(config.as_it_runs()).values())
+        raise ConfigError(f"{text!r} would run as {name}:{runs}, without what has no effect in it; say that")
+    return name, config
+
+
+def check_named(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: a named configuration would not be timed, or not as it is named.
+    """
+    tuned = {tunable.name for tunables in kernels.values() for tunable in tunables}
+    if unused := sorted({name for name, _ in args.only} - tuned):
+        raise ConfigError(f"--only {', '.join(unused)}: tuned here are {', '.join(sorted(tuned))}; see --kernels")
+    for (name, config), scheme, (n, k) in itertools.product(args.only, args.schemes, args.shapes):
+        if isinstance(config, TiledConfig) and config.within(-(-k // 128)) != config:
+            raise ConfigError(
+                f"--only {name} with unroll {config.unroll} does not run so at {n}x{k} ({scheme.label}): each of "
+                f"{config.split_k} shares of its {-(-k // 128)} tiles of K must be a multiple of that"
+            )
 
 
 def kernels_for(scheme: Scheme, named: list[str]) -> list[Tunable]:
@@ -231,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a CUDA GPU; python -m compress.kernels.bench also runs on a CPU")
     kernels = {scheme.label: kernels_for(scheme, args.kernels) for scheme in args.schemes}
+    check_named(kernels, args)
     began, tasks = time.monotonic(), compile_tasks(kernels, args)
     processes = processes_that_fit(args.processes, tasks, torch.cuda.mem_get_info()[0], n_sms(torch.device("cuda")))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

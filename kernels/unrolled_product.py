@@ -9,7 +9,8 @@ last group of the tile before is left to multiply: ptxas serializes the MMAs of 
 operand from one iteration to the next, or past another loop (C7513), and a wait for an mbarrier is a loop. So here the
 waiting is done by a warp that has nothing else to do (`relay`), which then arrives at a named barrier of the hardware,
 and waiting for that is one instruction. UNROLL tiles are then one block of code, all but the first of which begin
-early; what is left of a program's tiles follows one by one.
+early. A program's share of K is some of these blocks, whole, and not none (`TiledConfig.within`): loops that may not
+run are what C7515 is about.
 
 Groups of MMAs are those of `tile_product`, one for each half of a tile and block of rows.
 """
@@ -42,75 +43,105 @@ def multiply_unrolled(  # type: ignore[no-untyped-def]
     scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T: gl.constexpr
 ):  # fmt: skip
     """`tile_product.multiply_tiles` where other warps copy and `relay`."""
-    BLOCKS: gl.constexpr = blocks_of(T)
-    gl.static_assert(BLOCKS <= 2, "a warp has one or two blocks of rows")
-    ROWS: gl.constexpr = T.block_n // BLOCKS
-    TOKENS: gl.constexpr = T.block_m
-    acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
-    sums = (warpgroup_mma_init(acc),)
-    if BLOCKS == 2:
-        sums = (acc, warpgroup_mma_init(acc))
-    none = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
-    operands = (none, none)
-    stage = 0
-    middle = first + (last - first) // T.unroll * T.unroll
-    for t in range(first, middle, T.unroll):
-        sums, operands, columns, stage = _multiply_some(
-            scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0,
-            N, K, tiles, T.unroll, T,
-        )  # fmt: skip
-    for t in range(middle, last):
-        sums, operands, columns, stage = _multiply_some(
-            scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0,
-            N, K, tiles, 1, T,
-        )  # fmt: skip
-    done = warpgroup_mma_wait(0, deps=sums + operands)
-    acc = done[0]
-    if BLOCKS == 2:
-        both = gl.join(done[0], done[1]).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
-        acc = gl.convert_layout(both, mma_layout(T), assert_trivial=True)
+    gl.assume(first < last)
+    if blocks_of(T) == 2:
+        acc = _in_four_groups(
+            scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T
+        )
+    else:
+        acc = _in_two_groups(
+            scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T
+        )
     return to_size(acc, scale_ptr, n0, N, K, T)
 
 
 @gluon.jit
-def _multiply_some(  # type: ignore[no-untyped-def]
-    scale_ptr, zero_ptr, words_smem, x_smem, sums, operands, columns, part_of_unit, stage, t, first, last, n0, N, K,
-    tiles, COUNT: gl.constexpr, T: gl.constexpr,
+def _stages_around(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The stages of the tile before and of the tile behind."""
+    behind = stage - 1
+    if behind < 0:
+        behind = T.stages - 1
+    following = stage + 1
+    if following == T.stages:
+        following = 0
+    return behind, following
+
+
+@gluon.jit
+def _in_two_groups(  # type: ignore[no-untyped-def]
+    scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T: gl.constexpr
 ):  # fmt: skip
-    """Tiles t .. t + COUNT - 1. sums: of each block of rows; operands: of the two groups that may still be read;
-    columns: of tile t and those after it that are loaded; stage: of tile t."""
-    BLOCKS: gl.constexpr = len(sums)
-    GROUPS: gl.constexpr = 2 * BLOCKS
-    wait_passed_on(stage, T)
-    words = load_words(words_smem.index(stage), T)
-    for i in gl.static_range(COUNT):
-        behind = stage - 1
-        if behind < 0:
-            behind = T.stages - 1
-        following = stage + 1
-        if following == T.stages:
-            following = 0
-        for g in gl.static_range(GROUPS):
-            w = part_of_tile(words, columns, g // BLOCKS, g % BLOCKS, BLOCKS, T)
-            if g == GROUPS - 1 and i + 1 < COUNT:
+    """`tile_product`'s, all rows at once: an operand is made behind the wait for the group that read the last one."""
+    UNROLL: gl.constexpr = T.unroll
+    ROWS: gl.constexpr = T.block_n
+    TOKENS: gl.constexpr = T.block_m
+    acc = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T)))
+    low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
+    high = low
+    stage = 0
+    for t in range(first, last, UNROLL):
+        wait_passed_on(stage, T)
+        words = load_words(words_smem.index(stage), T)
+        for i in gl.static_range(UNROLL):
+            behind, following = _stages_around(stage, T)
+            acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+            low = part_of_tile(words, columns, 0, 0, 1, T)
+            acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+            columns = columns + load_columns(
+                scale_ptr, zero_ptr, part_of_unit, t + i + tiles_ahead(T), n0, N, K, tiles, T
+            )
+            acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
+            arrive_empty(behind, filled_again(t + i, first, last, T), T)
+            high = part_of_tile(words, columns, 1, 0, 1, T)
+            if i + 1 < UNROLL:
                 wait_passed_on(following, T)
                 words = load_words(words_smem.index(following), T)
-            # all but the last group are done. Words pass through: what is made of them must not be made earlier, or it
-            # might take registers that a group still reads
-            passed = warpgroup_mma_wait(1, deps=sums + (words, operands[0]))
-            words = passed[BLOCKS]
-            if g == 1:  # all but group 0 of this tile are done: the stage of the last may be filled
-                arrive_empty(behind, filled_again(t + i, first, last, T), T)
-            x = x_smem.index(2 * stage + g // BLOCKS).permute([1, 0])
-            acc = warpgroup_mma(w, x, passed[g % BLOCKS], is_async=True)
-            sums = (acc,)
-            if BLOCKS == 2:
-                sums = (acc, passed[1]) if g % BLOCKS == 0 else (passed[0], acc)
-            operands = (operands[1], w)
-            if g == 0:
-                columns = columns + load_columns(
-                    scale_ptr, zero_ptr, part_of_unit, t + i + tiles_ahead(T), n0, N, K, tiles, T
-                )
-        columns = behind_first(columns, T)
-        stage = following
-    return sums, operands, columns, stage
+            acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
+            columns = behind_first(columns, T)
+            stage = following
+    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
+    return acc
+
+
+@gluon.jit
+def _in_four_groups(  # type: ignore[no-untyped-def]
+    scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T: gl.constexpr
+):  # fmt: skip
+    """`tile_product`'s, the rows in two blocks: an operand is made of words that have gone through the last wait."""
+    UNROLL: gl.constexpr = T.unroll
+    ROWS: gl.constexpr = T.block_n // 2
+    TOKENS: gl.constexpr = T.block_m
+    acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
+    second = warpgroup_mma_init(acc)
+    last_but_one = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
+    before = last_but_one
+    stage = 0
+    for t in range(first, last, UNROLL):
+        wait_passed_on(stage, T)
+        words = load_words(words_smem.index(stage), T)
+        for i in gl.static_range(UNROLL):
+            behind, following = _stages_around(stage, T)
+            for g in gl.static_range(4):
+                w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
+                if g == 3 and i + 1 < UNROLL:
+                    wait_passed_on(following, T)
+                    words = load_words(words_smem.index(following), T)
+                x = x_smem.index(2 * stage + g // 2).permute([1, 0])
+                acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
+                if g == 1:  # all but group 0 of this tile are done: the stage of the last may be filled
+                    arrive_empty(behind, filled_again(t + i, first, last, T), T)
+                if g % 2 == 0:
+                    acc = warpgroup_mma(w, x, acc, is_async=True)
+                else:
+                    second = warpgroup_mma(w, x, second, is_async=True)
+                last_but_one = before
+                before = w
+                if g == 0:
+                    columns = columns + load_columns(
+                        scale_ptr, zero_ptr, part_of_unit, t + i + tiles_ahead(T), n0, N, K, tiles, T
+                    )
+            columns = behind_first(columns, T)
+            stage = following
+    acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
+    both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
+    return gl.convert_layout(both, mma_layout(T), assert_trivial=True)

@@ -43,6 +43,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from compress.errors import ConfigError
 from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.decode_reference import Around, Stream
 from compress.kernels.gluon_parts import (
@@ -329,7 +330,13 @@ def choose_config(m: int, n: int, k: int) -> DecodeConfig:
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:
-    """y [M, N] = x [M, K] W^T + bias in x's dtype, 1 <= M <= config.block_m. Arguments are checked by the caller."""
+    """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Other arguments are checked by the caller.
+
+    Raises:
+        ConfigError: more tokens than config.block_m.
+    """
+    if x.shape[0] > config.block_m:
+        raise ConfigError(f"x has {x.shape[0]} rows, and this configuration takes {config.block_m} at most")
     y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     _run(x, weight, bias, config, pdl, Around(), y, None, None)
     return y

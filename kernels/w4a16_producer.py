@@ -7,7 +7,8 @@ are in step, so that none dequantizes while another multiplies. Here they meet a
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
 
 Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
-beside it. All consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
+beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`relay`). All
+consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def producers_by_registers(config: TiledConfig) -> int:
     if config.warps > 4 or config.block_m > 64:
         return 1
     if config.block_n == 64:
-        return 4 if config.unroll == 1 else 3  # an operand more
+        return 4
     return 3 if config.block_m == 16 else 2
 
 

@@ -158,6 +158,7 @@ def launch(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if -(-n // config.block_n) % config.sharers:
         config = replace(config, sharers=1)  # the last tile of N has no neighbour
+    config = config.within(weight.words.shape[0])
     programs = -(-n // config.block_n) * -(-m // config.block_m)
     if split == 1:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)

@@ -56,6 +56,45 @@ def test_portable_kernels_compile_for_gpus_that_are_not_here(
     assert json.loads(done.stdout.splitlines()[-1]) == {"kernels": len(record["kernels"]), "serialized": 0, "failed": 0}
 
 
+@pytest.mark.gpu("hopper")
+@pytest.mark.parametrize("scheme", ["w4g128", "w4g128-asym", "w8g128", "w8-channel"])
+def test_no_mma_of_the_hopper_kernels_is_serialized(tmp_path: Path, scheme: str) -> None:
+    """Oracle: ptxas, of what rules and tables take; where there is the Triton they are written in, for which a machine
+    with such a GPU stands."""
+    done = run("--schemes", scheme, "--dtype", "float16,bfloat16", "--tokens", "1,16,64,256,1024", directory=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_every_configuration_shows_its_kernels(tmp_path: Path) -> None:
+    """Oracle: two configurations that differ in a run-time argument of the product alone, and in a constant of the sum:
+    each has rows of both, the product's with equal figures; another GPU in the same process has its own."""
+    command = """
+from compress.kernels import codegen, w4a16
+tasks = [("A100", "w4g128", "w4a16", w4a16.Config(16, 64, s, 4, 3), 16, "float16", 1024) for s in (2, 4)]
+first, second = map(codegen.compile_one, tasks)
+other = codegen.compile_one(("H100", *tasks[0][1:]))
+assert len(first) == len(second) == 2 and first[0] == second[0], (first, second)
+assert len(other) == 2 and other[0] != first[0], other
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "A100", "--kernels", "w4a16", "--shapes", "4096x1001", "--schemes", "w4g128"], "takes no 4096x1001"),
+        (["--gpu", "A100", "--schemes", "w4g96", "--shapes", "96x4096"], "takes no 96x4096 in w4g96"),
+    ],
+)
+def test_shapes_that_no_kernel_takes(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Oracle: exit code 2 and one line, before anything is compiled."""
+    done = run(*arguments, directory=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_reports_of_ptxas() -> None:
     """Oracle: two reports of ptxas, one of a kernel whose MMAs it serialized and that spills."""
     assert codegen.read_report(SERIALIZED, "f", 1024, 8) == codegen.Code(

@@ -65,6 +65,25 @@ def test_logits_that_differ_have_no_time(monkeypatch: pytest.MonkeyPatch, capsys
     assert "FAILED  attention=16,2,4,2: ValueError: logits differ by" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_logits_that_are_no_numbers_are_recorded_as_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the file, which is JSON, and the other step's times in it."""
+    right = decode_tiles.Decoder
+
+    def no_numbers(*args: object, tiles: StepTiles, **kwargs: object) -> object:
+        decoder = right(*args, tiles=tiles, **kwargs)  # type: ignore[arg-type]
+        if tiles.attention:
+            decoder.rope[0].fill_(float("nan"))
+        return decoder
+
+    monkeypatch.setattr(decode_tiles, "Decoder", no_numbers)
+    with pytest.raises(SystemExit, match="failed"):
+        decode_tiles.main([*ARGS, "--try", "attention=16,2,4,2", "--out", str(tmp_path)])
+    rules, wrong = json.loads((tmp_path / "decode_tiles_tiny_1.json").read_text())["rows"]
+    assert rules["p50_ms"] > 0 and wrong["difference"] is wrong["p50_ms"] is None
+    assert "inf" in wrong["failure"]
+
+
 def test_tiles_are_read() -> None:
     """Oracle: fields in order, by hand."""
     assert decode_tiles.parse_tiles("head=8,1024,8 4096x14336=8,32,8,2,1,168 attention=64,16 6144x4096=8,16,4,4") == (

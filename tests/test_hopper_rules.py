@@ -361,3 +361,35 @@ def test_a_tiled_thread_holds_bytes_as_wgmma_reads_them(rows: int, warps: int) -
     for (row, word), (register, lane, warp) in holders.items():
         assert (warp, lane) == (row // 16 % warps, row % 8 * 4 + word % 8 // 2)
         assert register == row // (16 * warps) * 32 + word // 8 * 4 + row % 16 // 8 * 2 + word % 2
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles", "unroll"),
+    [
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 4), 32, 4),  # 4 shares of 8 tiles
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 4), 40, 1),  # of 10
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 2), 40, 2),
+        (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 2), 112, 2),  # 8 shares of 14
+        (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 4), 112, 1),
+        (TiledConfig(64, 64, 4, 4, 3, 4, False, 1, 4), 32, 1),  # nobody relays
+        (TiledConfig(16, 64, 1, 4, 8, 1, True, 1, 2), 32, 2),  # 8 named barriers
+        (TiledConfig(16, 64, 1, 4, 9, 1, True, 1, 2), 32, 1),
+        (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 2), 32, 2),  # one for each warpgroup and stage
+        (TiledConfig(64, 128, 1, 8, 5, 1, True, 1, 2), 32, 1),
+    ],
+)
+def test_what_is_unrolled(config: TiledConfig, tiles: int, unroll: int) -> None:
+    """Oracle: by hand: every program's share of K is a multiple of `unroll` tiles, and the hardware has 16 named
+    barriers, half of which are left to Triton."""
+    assert config.within(tiles) == replace(config, unroll=unroll)
+    assert all(config.within(t).unroll == 1 or t % (config.split_k * config.unroll) == 0 for t in range(1, 200))
+
+
+def test_a_configuration_is_named_as_it_runs() -> None:
+    """Oracle: by hand: x is shared, and tiles are unrolled, with a producer only; the sums of 8 programs, 8 tokens of
+    260 numbers each, are 66,560 bytes, and two stages hold 65,536."""
+    assert TiledConfig(64, 64, 4, 4, 3, 4, False, 2, 4).as_it_runs() == TiledConfig(64, 64, 4, 4, 3, 4)
+    assert TiledConfig(64, 64, 4, 4, 3, 4, True, 2, 4).as_it_runs() == TiledConfig(64, 64, 4, 4, 3, 4, True, 2, 4)
+    assert TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 0).as_it_runs().unroll == 1
+    crowded = TiledConfig(64, 256, 8, 8, 2, 8, True)
+    assert crowded.as_it_runs() == replace(crowded, cluster=1)

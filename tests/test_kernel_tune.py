@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from table_entries import CONFIG, entry, key, own_tables
 
+from compress.errors import ConfigError
 from compress.kernels import dispatch, problem, search, table_file, timing, tunables, tune, w4a16, w8a8, wna16
 from compress.kernels.dispatch import Choice, Entry, Key
 from compress.kernels.problem import Problem, Scheme
@@ -425,6 +427,10 @@ def test_only_what_is_named_is_tried_beside_the_rule_and_all_take_turns(monkeypa
         (["--only", "w4a16_decode:8,x"], "'x'; w4a16_decode takes numbers for"),
         (["--only", "w4a16_decode:8"], "missing 3 required"),
         (["--only", NAMED[0], "--known"], "say one of them"),
+        (
+            ["--only", "w4a16_tiled:64,64,4,4,3,4,0,2,4"],
+            "would run as w4a16_tiled:64,64,4,4,3,4,0,1,1,",
+        ),
     ],
 )
 def test_what_is_named_must_be_a_configuration(
@@ -434,6 +440,33 @@ def test_what_is_named_must_be_a_configuration(
     with pytest.raises(SystemExit) as ended:
         tune.parse(arguments)
     assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", NAMED[0]], "--only w4a16: tuned here are w4a16_tiled; see --kernels"),
+        (["--only", "w4a16_tiled:64,128,8,4,3,2,1,1,4", "--shapes", "4096x4096,4096x14336"],
+         "unroll 4 does not run so at 4096x14336 (w4g128): each of 8 shares of its 112 tiles"),
+        (["--only", "w4a16_tiled:64,64,4,4,3,4,1,1,2", "--shapes", "4096x4096,4096x14336"], None),
+    ],
+)  # fmt: skip
+def test_what_is_named_is_timed_as_it_is_named(arguments: list[str], message: str | None) -> None:
+    """Oracle: by hand: the kernels that are tuned; 8 shares of 112 tiles are 14 each, no multiple of 4."""
+    args = tune.parse(arguments)
+    if message is None:
+        tune.check_named({"w4g128": [tunables.TILED]}, args)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            tune.check_named({"w4g128": [tunables.TILED]}, args)
+
+
+def test_a_named_configuration_that_does_not_fit_is_shown_to_fail() -> None:
+    """Oracle: its place among the candidates, where one of the grid would be left out."""
+    large = tunables.TILED.config(256, 128, 1, 8, 6)
+    weight = tunables.TILED.pack(Scheme.parse("w4g128").problem(64, 512, "cpu"), torch.float16)
+    assert not tunables.TILED.fits(weight, large)
+    assert large in search.candidates(tunables.TILED, 300, 64, 512, weight, only=[("w4a16_tiled", large)])
 
 
 def test_as_many_processes_compile_as_memory_lasts_for() -> None:
