@@ -10,6 +10,19 @@ go on meanwhile has to stand between them, so their groups are small:
 
 A `wgmma` reads its registers while it runs, and nobody but the wait for it knows: not ptxas, which gives them to others
 once it has been issued. An operand is therefore handed on to the wait that means its group.
+
+A tile begins with a wait for its words, and its first operand is made of them while nothing but the last group of the
+tile before is left to multiply: ptxas serializes the MMAs of a loop that carries registers of an operand from one
+iteration to the next, or past another loop (C7513), and a wait for an mbarrier is a loop. With UNROLL > 1 another warp
+does the waiting and meets this one at a named barrier (`stage_barriers`), which is one instruction; UNROLL tiles are
+then one block of code, all but the first of which begin early:
+
+    tile t      | group 0 | group 1 | ... | last group          |
+    meanwhile   |         |         |     | words of tile t + 1 | its group 0 dequantized
+    tile t + 1                                                  | group 0 | group 1 | ...
+
+A program's share of K is some of these blocks, whole, and not none (`TiledConfig.within`): what is left over would want
+a loop that may not run, which C7515 is about.
 """
 
 from __future__ import annotations
@@ -25,7 +38,7 @@ from compress.kernels.gluon_parts import (
     scaled_slice,
     slice_weights,
 )
-from compress.kernels.stage_barriers import arrive_empty, wait_ready
+from compress.kernels.stage_barriers import arrive_empty, wait_passed_on, wait_ready
 from compress.kernels.tile_parts import copy_stage, load_columns, load_words, next_stage, row_unit
 from compress.kernels.tile_shape import (
     blocks_of,
@@ -95,6 +108,8 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
     way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
+    if T.unroll > 1:
+        gl.assume(first < last)
     if blocks_of(T) == 2:
         acc = _in_four_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
@@ -119,7 +134,7 @@ def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, firs
 
 
 @gluon.jit
-def filled_again(t, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _filled_again(t, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the stage of the tile before tile t is one, and takes another tile, if anybody else is to be told."""
     live = t > first
     if T.sharers > 1:
@@ -128,12 +143,31 @@ def filled_again(t, first, last, T: gl.constexpr):  # type: ignore[no-untyped-de
 
 
 @gluon.jit
-def behind_first(columns, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _behind_first(columns, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Columns of the tiles behind the first, of one more than are loaded ahead."""
     later = ()
     for i in gl.static_range(fields_per_tile(T), (tiles_ahead(T) + 1) * fields_per_tile(T)):
         later = later + (columns[i],)
     return later
+
+
+@gluon.jit
+def _stage_behind(stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the tile before."""
+    behind = stage - 1
+    if behind < 0:
+        behind = T.stages - 1
+    return behind
+
+
+@gluon.jit
+def _words_of(words_smem, stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The words of a tile, once its copies are there."""
+    if T.unroll > 1:
+        wait_passed_on(stage, T)
+    else:
+        wait_ready(stage, phase, T)
+    return load_words(words_smem.index(stage), T)
 
 
 @gluon.jit
@@ -145,31 +179,35 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     low and high are handed on to the wait alone."""
     ROWS: gl.constexpr = T.block_n
     TOKENS: gl.constexpr = T.block_m
+    UNROLL: gl.constexpr = T.unroll
     acc = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T)))
     low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     high = low
     stage = 0
     phase = 0
-    for t in range(first, last):
-        wait_ready(stage, phase, T)
-        words = load_words(words_smem.index(stage), T)
-        # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
-        # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-        acc, low = warpgroup_mma_wait(1, deps=(acc, low))
-        low = part_of_tile(words, columns, 0, 0, 1, T)
-        acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
-        columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
-        acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
-        behind = stage - 1
-        if behind < 0:
-            behind = T.stages - 1
-        if not COPIES:
-            arrive_empty(behind, filled_again(t, first, last, T), T)
-        high = part_of_tile(words, columns, 1, 0, 1, T)
-        acc = warpgroup_mma(high, x_smem.index(2 * stage + 1).permute([1, 0]), acc, is_async=True)
-        if COPIES:
-            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
-        columns = behind_first(columns, T)
+    for first_of_run in range(first, last, UNROLL):
+        words = _words_of(words_smem, stage, phase, T)
+        for i in gl.static_range(UNROLL):
+            t = first_of_run + i
+            # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
+            # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
+            acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+            low = part_of_tile(words, columns, 0, 0, 1, T)
+            acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+            columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
+            acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
+            behind = _stage_behind(stage, T)
+            if not COPIES:
+                arrive_empty(behind, _filled_again(t, first, last, T), T)
+            high = part_of_tile(words, columns, 1, 0, 1, T)
+            x = x_smem.index(2 * stage + 1).permute([1, 0])
+            if i + 1 < UNROLL:
+                stage, phase = next_stage(stage, phase, T)
+                words = _words_of(words_smem, stage, phase, T)
+            acc = warpgroup_mma(high, x, acc, is_async=True)
+            if COPIES:
+                _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+            columns = _behind_first(columns, T)
         stage, phase = next_stage(stage, phase, T)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
     return acc
@@ -184,37 +222,42 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
     earlier, or its registers might still be read, by the group four before it."""
     ROWS: gl.constexpr = T.block_n // 2
     TOKENS: gl.constexpr = T.block_m
+    UNROLL: gl.constexpr = T.unroll
     acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
     second = warpgroup_mma_init(acc)
     last_but_one = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     before = last_but_one
     stage = 0
     phase = 0
-    for t in range(first, last):
-        behind = stage - 1
-        if behind < 0:
-            behind = T.stages - 1
-        wait_ready(stage, phase, T)
-        words = load_words(words_smem.index(stage), T)
-        for g in gl.static_range(4):
-            w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
-            x = x_smem.index(2 * stage + g // 2).permute([1, 0])
-            acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
-            if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
-                arrive_empty(behind, filled_again(t, first, last, T), T)
-            if g % 2 == 0:
-                acc = warpgroup_mma(w, x, acc, is_async=True)
-            else:
-                second = warpgroup_mma(w, x, second, is_async=True)
-            last_but_one = before
-            before = w
-            if g == 0:
-                columns = columns + load_columns(
-                    scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
-                )
-        if COPIES:
-            _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
-        columns = behind_first(columns, T)
+    for first_of_run in range(first, last, UNROLL):
+        behind = _stage_behind(stage, T)
+        words = _words_of(words_smem, stage, phase, T)
+        for i in gl.static_range(UNROLL):
+            t = first_of_run + i
+            here = stage
+            for g in gl.static_range(4):
+                w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
+                x = x_smem.index(2 * here + g // 2).permute([1, 0])
+                if g == 3 and i + 1 < UNROLL:
+                    stage, phase = next_stage(stage, phase, T)
+                    words = _words_of(words_smem, stage, phase, T)
+                acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
+                if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
+                    arrive_empty(behind, _filled_again(t, first, last, T), T)
+                if g % 2 == 0:
+                    acc = warpgroup_mma(w, x, acc, is_async=True)
+                else:
+                    second = warpgroup_mma(w, x, second, is_async=True)
+                last_but_one = before
+                before = w
+                if g == 0:
+                    columns = columns + load_columns(
+                        scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
+                    )
+            if COPIES:
+                _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+            columns = _behind_first(columns, T)
+            behind = here
         stage, phase = next_stage(stage, phase, T)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])

@@ -35,7 +35,7 @@ class TiledConfig:
     the machine; cluster: so many of them, side by side, add up through shared memory, where sums fit the stages
     (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`). sharers, 1 or 2: programs of so many
     tiles, neighbours in N, are one cluster and get x by one copy (`stage_barriers`), where there is a producer and no
-    sum of a program alone goes to the workspace. unroll: tiles of K in a straight line (`unrolled_product`), where
+    sum of a program alone goes to the workspace. unroll: tiles of K in a straight line (`tile_product`), where
     there is a producer and each share of K is some of them (`within`)."""
 
     block_m: int

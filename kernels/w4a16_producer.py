@@ -7,7 +7,7 @@ are in step, so that none dequantizes while another multiplies. Here they meet a
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
 
 Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
-beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`relay`). All
+beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`_relay`). All
 consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
 """
 
@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_sharers
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
-from compress.kernels.stage_barriers import wait_empty
+from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
@@ -33,7 +33,6 @@ from compress.kernels.tile_parts import (
 )
 from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.tile_shape import Tile, TiledConfig, ctas_of
-from compress.kernels.unrolled_product import multiply_unrolled, relay
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.wna16_layout import PackedWeight
 
@@ -65,13 +64,24 @@ def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, 
 
 
 @gluon.jit
+def _relay(first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell the consumers of each tile whose copies are there. By one warp."""
+    stage = 0
+    phase = 0
+    for _ in range(first, last):
+        wait_ready(stage, phase, T)
+        pass_on(stage, T)
+        stage, phase = next_stage(stage, phase, T)
+
+
+@gluon.jit
 def _attend(first, last, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A warp without copies to make: it may `relay`."""
+    """A warp without copies to make: it may `_relay`."""
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
     if RELAYS:
-        relay(first, last, T)
+        _relay(first, last, T)
     if ctas_of(T) > 1:
         attend_sums(T)
 
@@ -81,13 +91,8 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
              rank, first, last, n0, m0, M, N, K, tiles, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """The sums of a tile, with copies by another partition."""
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
-    if T.unroll > 1:
-        acc = multiply_unrolled(
-            scale_ptr, zero_ptr, words_smem, x_smem, columns, part_of_unit, first, last, n0, N, K, tiles, T
-        )
-    else:
-        acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
-                             first, last, n0, m0, N, K, tiles, False, T)  # fmt: skip
+    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+                         first, last, n0, m0, N, K, tiles, False, T)  # fmt: skip
     # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
     # share of K is empty, its consumers have not, and who had the workspace before may still read it.
     if T.pdl and (T.is_tail or T.split > T.adders):
