@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from compress.errors import CompressError
 
@@ -55,6 +56,19 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(found))
 
     return read
+
+
+def in_order(kind: type, text: str) -> Any:
+    """64,128,1 -> a dataclass of numbers and booleans, of its fields in order; later ones have their defaults.
+
+    Raises:
+        TypeError, ValueError: too few, too many, or no numbers.
+    """
+    kinds = kind.__annotations__.values()
+    given = [int(part) for part in text.split(",")]
+    if len(given) > len(kinds):
+        raise TypeError(f"{len(given)} values")
+    return kind(*(bool(v) if of in (bool, "bool") else v for v, of in zip(given, kinds, strict=False)))
 
 
 def run_command(main: Callable[[], None]) -> None:

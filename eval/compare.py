@@ -20,9 +20,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compress.arguments import run_command
 from compress.atomic import write_atomically, write_json
 from compress.errors import CompressError, ConfigError
 from compress.record import RECORD_NAME, read_record
@@ -193,23 +195,27 @@ def _outcome(options: argparse.Namespace) -> Any:
 def main() -> None:
     options = _parser().parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        outcome = _outcome(options)
-        groups = comparable_groups(outcome.records)
-        tables = [rows(group, outcome.peers) for group in groups] or [rows([], outcome.peers)]
-        parts = [markdown(group, outcome.peers) for group in groups] or [table(tables[0])]
-        parts += [f"{name}: not installed (pip install 'compress-llm[peers]')" for name in outcome.not_installed]
-        parts += [f"{name}: failed: {reason}" for name, reason in outcome.failed.items()]
-        text = "\n\n".join(parts) + "\n"
-        figures = {"tables": tables, "not_installed": outcome.not_installed, "failed": outcome.failed}
-        for path in [options.markdown, options.out and Path(options.out) / "compare.md"]:
-            if path:
-                write_atomically(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
-        if options.out:
-            write_json(Path(options.out) / "compare.json", figures)
-    except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_command(partial(_compare, options))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        CompressError: what a user can act on.
+    """
+    outcome = _outcome(options)
+    groups = comparable_groups(outcome.records)
+    tables = [rows(group, outcome.peers) for group in groups] or [rows([], outcome.peers)]
+    parts = [markdown(group, outcome.peers) for group in groups] or [table(tables[0])]
+    parts += [f"{name}: not installed (pip install 'compress-llm[peers]')" for name in outcome.not_installed]
+    parts += [f"{name}: failed: {reason}" for name, reason in outcome.failed.items()]
+    text = "\n\n".join(parts) + "\n"
+    figures = {"tables": tables, "not_installed": outcome.not_installed, "failed": outcome.failed}
+    for path in [options.markdown, options.out and Path(options.out) / "compare.md"]:
+        if path:
+            write_atomically(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+    if options.out:
+        write_json(Path(options.out) / "compare.json", figures)
     print(text)
     print(json.dumps(figures, allow_nan=False))
     if outcome.failed:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.arguments import run_command
+from compress.arguments import in_order, run_command
 from compress.atomic import write_json
 from compress.decode_weights import DecodeModel, Packed, read_model
 from compress.decoder import Decoder, StepTiles
@@ -69,7 +69,7 @@ def parse_tiles(text: str) -> StepTiles:
         kinds: dict[str, type] = {"attention": AttentionConfig, "head": DenseConfig}
         kind = kinds.get(name, DecodeConfig)
         try:
-            config = kind(*(int(value) for value in values.split(",")))
+            config = in_order(kind, values)
             if name in kinds:
                 found[name] = config
             else:

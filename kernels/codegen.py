@@ -9,8 +9,8 @@ that a launch would run, and shows what ptxas says of it:
     mma            tensor-core instructions in the code
     serialized     ptxas put a wait behind every warpgroup MMA, and says why (C75xx)
 
-Serialized MMAs give right results, two to three times later, and nothing else tells: so this is looked at before
-anything is timed. The status is 1 if there are any.
+Serialized MMAs give right results, only later, and nothing else tells: so this is looked at before anything is timed.
+The status is 1 if there are any.
 
     python -m compress.kernels.codegen                                       # what rules and tables take
     python -m compress.kernels.codegen --all --schemes w8g128 --tokens 64,256 --out DIR      # what `tune` would try
@@ -25,7 +25,6 @@ import argparse
 import io
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -43,16 +42,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from compress.arguments import names, numbers, run_command, shapes
+from compress.arguments import numbers, run_command, shapes
 from compress.atomic import write_json
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import common, dispatch, table_file
 from compress.kernels.choose import hopper_problem
 from compress.kernels.common import Machine
-from compress.kernels.problem import Scheme, schemes
-from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
-
-log = logging.getLogger(__name__)
+from compress.kernels.problem import Scheme
+from compress.kernels.search import allowed
+from compress.kernels.tunables import TUNABLES, Tunable, add_arguments, in_words, specimens, usable
 
 MACHINES = {"H100": Machine((9, 0), 132, 232448), "A100": Machine((8, 0), 108, 166912)}
 
@@ -165,6 +163,11 @@ def _packed(scheme: Scheme, kernel: str, n: int, k: int, dtype: torch.dtype) -> 
     return TUNABLES[kernel].pack(scheme.problem(n, k, "cpu"), dtype)
 
 
+def _depth(scheme: Scheme) -> int:
+    """K of specimens: whole groups."""
+    return math.lcm(1024, scheme.group or 1)
+
+
 def tasks(args: argparse.Namespace) -> Iterator[Task]:
     """Each configuration of each kernel once, with an M it is for: of the whole grid, or of the rules and the tables.
 
@@ -175,7 +178,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
         for name in args.kernels or usable(not _hopper_problem(args.gpu), scheme):
             if not TUNABLES[name].computes(scheme):
                 continue
-            depths = {math.lcm(1024, scheme.group)} if scheme.group else {k for _, k in args.shapes}
+            depths = {_depth(scheme)} if scheme.group else {k for _, k in args.shapes}
             for n, k in args.shapes:
                 if not TUNABLES[name].takes(n, k) or k % (scheme.group or k):
                     raise ConfigError(f"{name} takes no {n}x{k} in {scheme.label}; name other --shapes, or --kernels")
@@ -188,12 +191,8 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
 def _configurations(tunable: Tunable, scheme: Scheme, dtype: torch.dtype, args: argparse.Namespace) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for m, (n, k) in itertools.product(sorted(args.ms), args.shapes):
-        weight = _AsIf(_packed(scheme, tunable.name, 64, math.lcm(1024, scheme.group or 1), dtype), n, k)
-        if args.all:
-            configs = [full for config in tunable.grid(m) for full in tunable.expand(m, n, k, config)]
-            configs = [config for config in configs if tunable.fits(weight, config)]
-        else:
-            configs = [tunable.default(m, weight)]
+        weight = _AsIf(_packed(scheme, tunable.name, 64, _depth(scheme), dtype), n, k)
+        configs = allowed(tunable, m, n, k, weight) if args.all else [tunable.default(m, weight)]
         for config in configs:
             if config is not None:
                 found.setdefault(config, m)
@@ -236,18 +235,7 @@ def _hopper_problem(gpu: str) -> str | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=MACHINES, default="H100")
-    parser.add_argument(
-        "--kernels",
-        type=names(TUNABLES),
-        default=[],
-        help=f"comma list of {', '.join(TUNABLES)} (default: those that such a GPU uses)",
-    )
-    parser.add_argument(
-        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8"
-    )
-    parser.add_argument(
-        "--dtype", dest="dtypes", type=names(DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
-    )
+    add_arguments(parser)
     parser.add_argument("--shapes", type=shapes, default="4096x4096,28672x4096,4096x14336", help="N x K for the rules")
     parser.add_argument(
         "--tokens", dest="ms", type=numbers, default="1,16,64,256,1024", help="values of M for the rules"
@@ -292,7 +280,7 @@ def show(task: Task, codes: list[Code] | str) -> list[dict[str, Any]]:
     """Prints the kernels of a configuration and returns them as records."""
     _, label, name, config, m, dtype, _ = task
     place = {"kernel": name, "scheme": label, "dtype": dtype, "m": m, "config": vars(config)}
-    what = f"{label} {dtype} " + " ".join(f"{field} {int(value)}" for field, value in vars(config).items())
+    what = f"{label} {dtype} {in_words(vars(config))}"
     if isinstance(codes, str):
         print(f"{name} {what}: {codes}", flush=True)
         return [place | {"problem": codes}]

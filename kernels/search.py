@@ -47,7 +47,9 @@ def known_configs(kernel: str) -> frozenset[Any]:
 Chosen = list[tuple[str, Any]]  # kernels and configurations
 
 
-def allowed(tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool, only: Chosen) -> list[Any]:
+def allowed(
+    tunable: Tunable, m: int, n: int, k: int, weight: Any, known: bool = False, only: Chosen | None = None
+) -> list[Any]:
     """Configurations to try: the whole grid, what of it is known, or those that were named."""
     if only:  # one that does not fit is to be seen to fail
         return [config for name, config in only if name == tunable.name]
@@ -62,7 +64,7 @@ def candidates(
 ) -> list[Any]:
     """The kernel's own rule first, then the others, the fewer fields they change the earlier."""
     default = tunable.default(m, weight)
-    every = allowed(tunable, m, n, k, weight, known, only or [])
+    every = allowed(tunable, m, n, k, weight, known, only)
     if default is None:
         return every
     changed = sorted(every, key=lambda c: sum(v != getattr(default, f) for f, v in vars(c).items()))

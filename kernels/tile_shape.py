@@ -24,9 +24,8 @@ from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_o
 GROUP_N = 8
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
 _UNIT: gl.constexpr = gl.constexpr(1024)  # bytes that parts of shared memory are multiples of, for swizzled copies
-_PAD: gl.constexpr = gl.constexpr(
-    4
-)  # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
+# columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
+_PAD: gl.constexpr = gl.constexpr(4)
 
 
 @dataclass(frozen=True)

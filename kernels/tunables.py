@@ -5,23 +5,25 @@ A kernel takes part by its `Tunable` in TUNABLES; `usable` says which of them a 
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from compress.arguments import names
 from compress.kernels import w4a16, w4a16_decode, w4a16_tiled, w8a8, wna16, wna16_layout
 from compress.kernels.bench import MAX_ERROR
 from compress.kernels.choose import hopper_takes
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.contenders import zero_of
 from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
-from compress.kernels.problem import GROUP, W4G128, Problem, Scheme
+from compress.kernels.problem import GROUP, W4G128, Problem, Scheme, schemes
 
 _ANY_K = 1 << 20
-DTYPES = ("float16", "bfloat16")  # of activations and scales
+_DTYPES = ("float16", "bfloat16")  # of activations and scales
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,25 @@ W8A8 = replace(
 
 
 TUNABLES = {t.name: t for t in (W4A16, DECODE, TILED, WNA16, TILED_BYTES, W8A8)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which kernels, schemes and dtypes a command is about."""
+    parser.add_argument(
+        "--kernels", type=names(TUNABLES), default=[],
+        help=f"comma list of {', '.join(TUNABLES)} (default: those that the GPU would use)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8"
+    )
+    parser.add_argument(
+        "--dtype", dest="dtypes", type=names(_DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
+    )
+
+
+def in_words(config: Mapping[str, Any]) -> str:
+    """A configuration's fields and values."""
+    return " ".join(f"{name} {int(value)}" for name, value in config.items())
 
 
 def specimens(config: Any, scheme: Scheme, k: int, n_sms: int) -> tuple[tuple[int, int], tuple[int, int]]:

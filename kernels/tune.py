@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from compress.arguments import names, numbers, run_command, shapes
+from compress.arguments import in_order, numbers, run_command, shapes
 from compress.atomic import write_json
 from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import dispatch, table_file
@@ -50,10 +50,10 @@ from compress.kernels.choose import hopper_kernels
 from compress.kernels.common import n_sms
 from compress.kernels.contenders import quantized_bits
 from compress.kernels.dispatch import Entry, Key
-from compress.kernels.problem import Problem, Scheme, schemes
+from compress.kernels.problem import Problem, Scheme
 from compress.kernels.search import Weights, entry_of, known_configs, tune_cell
 from compress.kernels.tile_shape import TiledConfig
-from compress.kernels.tunables import DTYPES, TUNABLES, Tunable, specimens, usable
+from compress.kernels.tunables import TUNABLES, Tunable, add_arguments, in_words, specimens, usable
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def print_cell(place: dict[str, Any], here: list[dict[str, Any]], roof_us: float
     print(f"{where}: roof {roof_us:.1f} us, {len(here)} tried, {len(failed)} not right", flush=True)
     for c in here:
         if c["final"] or (c["rule"] and c["us"] is not None):
-            what = " ".join(f"{name} {int(value)}" for name, value in c["config"].items())
+            what = in_words(c["config"])
             print(f"   {c['us']:8.1f}  {c['kernel']}: {what} err {c['error']:.1e}" + (" <- rule" * c["rule"]))
     for c in failed[:2]:
         print(f"   {c['kernel']} {c['config']}: {c['problem']}")
@@ -167,18 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", "--ms", dest="ms", type=numbers, default="1,4,8,16,32,64,128,256,512,1024,4096", help="values of M"
     )
-    parser.add_argument(
-        "--dtype", dest="dtypes", type=names(DTYPES), default="float16", help="float16, bfloat16 or both, with a comma"
-    )
-    parser.add_argument(
-        "--schemes", type=schemes, default="w4g128", help="comma list, e.g. w4g128,w4g32-asym,w8g128,w3g128,w8a8"
-    )
-    parser.add_argument(
-        "--kernels",
-        type=names(TUNABLES),
-        default=[],
-        help=f"comma list of {', '.join(TUNABLES)} (default: those that this GPU would use)",
-    )
+    add_arguments(parser)
     parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds of timing, all cells together")
     parser.add_argument("--known", action="store_true", help="only configurations that a table has for something else")
     parser.add_argument(
@@ -209,15 +198,13 @@ def parse_only(text: str) -> tuple[str, Any]:
     name, _, values = text.partition(":")
     if name not in TUNABLES:
         raise ConfigError(f"{text!r} names no kernel that is tuned; they are {', '.join(TUNABLES)}")
-    kinds = TUNABLES[name].config.__annotations__
+    kind = TUNABLES[name].config
     try:
-        given = [int(value) for value in values.split(",")]
-        typed = [bool(v) if kind in (bool, "bool") else v for v, kind in zip(given, kinds.values(), strict=False)]
-        if len(given) > len(typed):
-            raise TypeError(f"{len(given)} values")
-        config = TUNABLES[name].config(*typed)
+        config = in_order(kind, values)
     except (TypeError, ValueError) as problem:
-        raise ConfigError(f"{text!r}: {problem}; {name} takes numbers for {', '.join(kinds)}") from problem
+        raise ConfigError(
+            f"{text!r}: {problem}; {name} takes numbers for {', '.join(kind.__annotations__)}"
+        ) from problem
     if isinstance(config, TiledConfig) and config != config.as_it_runs():
         runs = ",".join(str(int(value)) for value in vars(config.as_it_runs()).values())
         raise ConfigError(f"{text!r} would run as {name}:{runs}, without what has no effect in it; say that")
