@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from compress.kernels.gluon_parts import instruction
-from compress.kernels.tile_shape import mail_barrier_offset, mail_offset, share_bytes, sum_layout
+from compress.kernels.tile_shape import mail_barrier_offset, mail_offset, rows_of, share_bytes, sum_layout
 
 
 @gluon.jit
@@ -138,13 +138,14 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [BLOCK_N, BLOCK_M] of ADDERS programs for each of SHARERS
+    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [ROWS, BLOCK_M] of ADDERS programs for each of SHARERS
     tiles, an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program
-    in its cluster. `depart` follows."""
+    in its cluster. `depart` follows where there is one."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
     ADDERS: gl.constexpr = T.adders
     SHARERS: gl.constexpr = T.sharers
+    SLICES: gl.constexpr = T.slices
     SHARE: gl.constexpr = share_bytes(T)
     TOKENS: gl.constexpr = BLOCK_M // ADDERS
     ROW: gl.constexpr = SHARE // TOKENS
@@ -158,15 +159,16 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
         _open_mailbox(MBARRIER, SHARE)
         _arrive()
     token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
-    rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+    rn = gl.arange(0, rows_of(T), gl.SliceLayout(1, ACC))
     _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
     fence_async_shared()
     gl.thread_barrier()
-    if ADDERS == 2 or SHARERS == 1:
-        _wait()  # the mailboxes of all are open
-    _send(share, rank % SHARERS, SHARERS, ADDERS, SHARE, MBARRIER, MAIL)
-    _wait_for_mail(MBARRIER)
-    _arrive()  # what the others sent here they need no longer keep
+    if ADDERS > 1:
+        if ADDERS == 2 or SHARERS == 1:
+            _wait()  # the mailboxes of all are open
+        _send(share, rank % SHARERS, SHARERS, ADDERS, SHARE, MBARRIER, MAIL)
+        _wait_for_mail(MBARRIER)
+        _arrive()  # what the others sent here they need no longer keep
 
     L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
@@ -174,7 +176,11 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
     total = gl.zeros((BLOCK_M, SHARERS * BLOCK_N), gl.float32, L)
     for s in gl.static_range(ADDERS):
-        total += _load_fours(at + gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE))
+        begin = 0
+        if ADDERS > 1:
+            begin = gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE)
+        for part in gl.static_range(SLICES):
+            total += _load_fours(at + (begin + part * BLOCK_N * 4))
     return total, rm, rn
 
 

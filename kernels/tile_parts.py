@@ -32,6 +32,7 @@ from compress.kernels.tile_shape import (
     memory_units,
     mma_layout,
     operand_layout,
+    rows_of,
     stage_bytes,
     tiles_ahead,
     words_layout,
@@ -48,13 +49,14 @@ def _barrier_layout(t):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Words int16 [STAGES, BLOCK_N BITS / 8, 64] and x [2 STAGES, BLOCK_M, 64] in shared memory, and mbarriers int64
-    [128, 1], the last 2 STAGES of which are those of the stages. All of it is there for whoever runs behind this."""
+    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES, BLOCK_M, 64] in shared memory, and mbarriers
+    int64 [128, 1], the last 2 STAGES of which are those of the stages. All of it is there for whoever runs behind
+    this."""
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
-    words = memory.index(0)._reinterpret(gl.int16, [T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
+    words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
     X_UNIT: gl.constexpr = x_offset(T) // 1024
-    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [2 * T.stages, T.block_m, 64], x_desc.layout)
+    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [2 * T.slices * T.stages, T.block_m, 64], x_desc.layout)
     barriers = memory.index(UNITS - 1)._reinterpret(gl.int64, [128, 1], _barrier_layout(T))
     open_stages(T)
     if ctas_of(T) > 1:
@@ -64,49 +66,75 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
     return words, x, barriers
 
 
+@gluon.constexpr_function
+def _slice_asm(t):  # type: ignore[no-untyped-def]
+    shift = (32 * t.warps // t.slices).bit_length() - 1
+    return "{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, " + str(shift) + ";}"
+
+
+@gluon.jit
+def slice_of_warp(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Which slice of a stage this warp multiplies, of the consumers, which are the first of a program."""
+    part = 0
+    if T.slices > 1:
+        asm: gl.constexpr = _slice_asm(T)
+        part = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    return part
+
+
+@gluon.jit
+def rows_within(rows, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Of sums [ROWS]: which rows of the tile of W they are."""
+    if T.slices > 1:
+        rows = rows % T.block_n
+    return rows
+
+
 @gluon.jit
 def load_words(smem, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """[BLOCK_N, 8 BITS] int16 in the layout of the MMA's left operand."""
+    """[ROWS, 8 BITS] int16 in the layout of the MMA's left operand."""
+    ROWS: gl.constexpr = rows_of(T)
     words = smem.load(words_layout(T))
     if T.bits == 4:
-        words = words.reshape([T.block_n // 2, 2, 32]).reshape([T.block_n, 32])
+        words = words.reshape([ROWS // 2, 2, 32]).reshape([ROWS, 32])
     return gl.convert_layout(words, operand_layout(T), assert_trivial=True)
 
 
 @gluon.jit
 def row_unit(scale_ptr, rn, N, K, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 [BLOCK_N]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
+    """float32 [ROWS]: the power of two at or above a row's scales, which is behind them; 1 beyond N."""
     at = scale_ptr + gl.to_tensor(gl.cdiv(K, T.group)).to(gl.int64) * N + rn
     return gl.load(at, mask=rn < N, other=1.0).to(gl.float32)
 
 
 @gluon.jit
 def rows_of_operand(n0, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows of W [BLOCK_N] as the MMA's left operand has them."""
-    return n0 + gl.arange(0, T.block_n, gl.SliceLayout(1, operand_layout(T)))
+    """Rows of W [ROWS] as the MMA's left operand has them."""
+    return n0 + rows_within(gl.arange(0, rows_of(T), gl.SliceLayout(1, operand_layout(T))), T)
 
 
 @gluon.jit
 def load_columns(scale_ptr, zero_ptr, part_of_unit, t, n0, N, K, tiles, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """What tile t is dequantized with: the scales of its groups in x's dtype, where `in_units` in those of the row,
-    then their zeros, [BLOCK_N] each. part_of_unit: 1 / `row_unit`."""
+    """What stage t is dequantized with: the scales of its groups in x's dtype, where `in_units` in those of the row,
+    then their zeros, [ROWS] each. part_of_unit: 1 / `row_unit`."""
     rn = rows_of_operand(n0, T)
+    tile = t * T.slices + slice_of_warp(T)
     PARTS: gl.constexpr = parts_of(T.group)
     columns = ()
     for s in gl.static_range(PARTS):
-        scale = load_row(scale_ptr, scale_group(t, s, tiles, K, T.group), rn, N, T.even_n)
+        scale = load_row(scale_ptr, scale_group(tile, s, tiles, K, T.group), rn, N, T.even_n)
         if in_units(T):
             scale = scale.to(gl.float32) * part_of_unit
         columns = columns + (scale.to(T.dtype),)
     if T.has_zero:
         for s in gl.static_range(PARTS):
-            columns = columns + (load_row(zero_ptr, scale_group(t, s, tiles, K, T.group), rn, N, T.even_n),)
+            columns = columns + (load_row(zero_ptr, scale_group(tile, s, tiles, K, T.group), rn, N, T.even_n),)
     return columns
 
 
 @gluon.jit
 def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """1 / `row_unit`, and `load_columns` of the first tiles that `multiply_tiles` has to find loaded."""
+    """1 / `row_unit`, and `load_columns` of the first stages that `multiply_tiles` has to find loaded."""
     part_of_unit = 1.0
     if in_units(T):
         part_of_unit = 1.0 / row_unit(scale_ptr, rows_of_operand(n0, T), N, K, T)
@@ -119,22 +147,27 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 @gluon.jit
 def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, live, WORDS: gl.constexpr,
                X: gl.constexpr, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Start the copies of tile t into a stage: words (and announce all bytes), x, or both. FIRST: see `announce`.
-    Two programs that share x copy a half of it each, for both."""
+    """Start the copies of the t-th tile or slices of K into a stage: words (and announce all bytes), x, or both.
+    FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros."""
+    SLICES: gl.constexpr = T.slices
     ready = ready_of(barriers, stage, T)
     if WORDS:
         announce(stage, stage_bytes(T), live, FIRST, T)
-        row = (t * N + n0) // (8 // T.bits)
-        tma.async_copy_global_to_shared(words_desc, [row, 0], ready, words_smem.index(stage), pred=live)
+        slices = words_smem._reinterpret(
+            gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout
+        )
+        for s in gl.static_range(SLICES):
+            row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
+            tma.async_copy_global_to_shared(words_desc, [row, 0], ready, slices.index(SLICES * stage + s), pred=live)
     if X and T.sharers > 1:
         gl.static_assert(T.sharers == 2)
         h = cluster_rank() % 2
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
         copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
     elif X:
-        for h in gl.static_range(2):
+        for h in gl.static_range(2 * SLICES):  # 64 inputs each
             tma.async_copy_global_to_shared(
-                x_desc, [m0, t * 128 + h * 64], ready, x_smem.index(2 * stage + h), pred=live
+                x_desc, [m0, t * (128 * SLICES) + h * 64], ready, x_smem.index(2 * SLICES * stage + h), pred=live
             )
 
 
@@ -160,15 +193,16 @@ def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def share_of_tile(first_tile, tiles, per_split, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Which tile this program computes, its number in its cluster, and its share of K: first tile, and the one behind
-    the last."""
+    """Which tile this program computes, its number in its cluster, and its share of K of so many tiles: the first of
+    its stages, and the one behind the last."""
+    stages = gl.cdiv(tiles, T.slices)
     CLUSTERS: gl.constexpr = T.split // T.adders
     pid = gl.program_id(0)  # of the cluster, where it is in one
     rank = 0
     if ctas_of(T) > 1:
         rank = cluster_rank()
-    first = gl.minimum((pid % CLUSTERS * T.adders + rank // T.sharers) * per_split, tiles)
-    last = gl.minimum(first + per_split, tiles)
+    first = gl.minimum((pid % CLUSTERS * T.adders + rank // T.sharers) * per_split, stages)
+    last = gl.minimum(first + per_split, stages)
     if T.split == 1 and T.bits == 8:
         # ptxas serializes the MMAs of a loop that might not run (C7515): with 8 bits, 128 tokens and 8 warps it did
         gl.assume(first < last)
@@ -193,12 +227,12 @@ def wait_for_previous(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's sums [BLOCK_N, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
+    """A program's sums [ROWS, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
     CLUSTERS: gl.constexpr = T.split // T.adders
     pid = gl.program_id(0)
-    if T.adders > 1:
+    if T.adders > 1 or T.slices > 1:
         total, rm, rn = add_up(acc, rank, T)
         if CLUSTERS > 1:
             sums_ptr = workspace_ptr + (pid // CLUSTERS * (T.sharers * CLUSTERS) + pid % CLUSTERS).to(gl.int64) * (
@@ -214,7 +248,8 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0,
             mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(first + rn < N, 0)
             y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(first + rn, 0)
             gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
-        depart()
+        if T.adders > 1:
+            depart()
     elif T.split > 1:
         sums_ptr = workspace_ptr + pid.to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))

@@ -39,13 +39,22 @@ from compress.kernels.gluon_parts import (
     slice_weights,
 )
 from compress.kernels.stage_barriers import arrive_empty, wait_passed_on, wait_ready
-from compress.kernels.tile_parts import copy_stage, load_columns, load_words, next_stage, row_unit
+from compress.kernels.tile_parts import (
+    copy_stage,
+    load_columns,
+    load_words,
+    next_stage,
+    row_unit,
+    rows_within,
+    slice_of_warp,
+)
 from compress.kernels.tile_shape import (
     blocks_of,
     fields_per_tile,
     in_units,
     mma_layout,
     operand_layout,
+    rows_of,
     tiles_ahead,
 )
 
@@ -97,7 +106,7 @@ def to_size(acc, scale_ptr, n0, N, K, T: gl.constexpr):  # type: ignore[no-untyp
     """Sums of products with `part_of_tile`, in its units -> those with weights."""
     if not in_units(T):
         return acc
-    rn = n0 + gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T)))
+    rn = n0 + rows_within(gl.arange(0, rows_of(T), gl.SliceLayout(1, mma_layout(T))), T)
     return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, T) * SCALED_UNIT, 1)
 
 
@@ -106,8 +115,8 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
     N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_N, BLOCK_M]: the sums of a tile over tiles first .. last - 1 of K, whose first STAGES are on their
-    way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
+    """float32 [ROWS, BLOCK_M]: the sums of a tile over stages first .. last - 1 of K, the first STAGES of which are on
+    their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     if T.unroll > 1:
         gl.assume(first < last)
     if blocks_of(T) == 2:
@@ -177,12 +186,13 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
-    ROWS: gl.constexpr = T.block_n
+    ROWS: gl.constexpr = rows_of(T)
     TOKENS: gl.constexpr = T.block_m
     UNROLL: gl.constexpr = T.unroll
     acc = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T)))
     low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     high = low
+    part = slice_of_warp(T)
     stage = 0
     phase = 0
     for first_of_run in range(first, last, UNROLL):
@@ -193,14 +203,15 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
             acc, low = warpgroup_mma_wait(1, deps=(acc, low))
             low = part_of_tile(words, columns, 0, 0, 1, T)
-            acc = warpgroup_mma(low, x_smem.index(2 * stage).permute([1, 0]), acc, is_async=True)
+            x = x_smem.index(2 * (T.slices * stage + part)).permute([1, 0])
+            acc = warpgroup_mma(low, x, acc, is_async=True)
             columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
             acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
             behind = _stage_behind(stage, T)
             if not COPIES:
                 arrive_empty(behind, _filled_again(t, first, last, T), T)
             high = part_of_tile(words, columns, 1, 0, 1, T)
-            x = x_smem.index(2 * stage + 1).permute([1, 0])
+            x = x_smem.index(2 * (T.slices * stage + part) + 1).permute([1, 0])
             if i + 1 < UNROLL:
                 stage, phase = next_stage(stage, phase, T)
                 words = _words_of(words_smem, stage, phase, T)
@@ -220,7 +231,8 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
     earlier, or its registers might still be read, by the group four before it."""
-    ROWS: gl.constexpr = T.block_n // 2
+    ROWS: gl.constexpr = rows_of(T) // 2
+    gl.static_assert(T.slices == 1, "slices take one block of rows a warp")
     TOKENS: gl.constexpr = T.block_m
     UNROLL: gl.constexpr = T.unroll
     acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))

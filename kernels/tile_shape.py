@@ -3,8 +3,11 @@ shared memory, and layouts of registers.
 
     shared memory of a program, from its begin (`global_smem`)
 
-    | words [STAGES, BLOCK_N BITS / 8, 64] int16 | x [2 STAGES, BLOCK_M, 64] | mail of a cluster | 2 STAGES mbarriers |
-    0                                            x_offset                    stages_bytes            barrier_offset
+    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail of a cluster | 2 STAGES mbarriers |
+    0                                         x_offset                           stages_bytes            barrier_offset
+
+A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of each
+slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own.
 
 Functions of a Tile are Triton's, not methods: Triton looks into those, and not into methods, when it asks whether code
 on its disk is still that of the source.
@@ -34,8 +37,10 @@ class TiledConfig:
     the machine; cluster: so many of them, side by side, add up through shared memory, where sums fit the stages
     (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`). sharers, 1 or 2: programs of so many
     tiles, neighbours in N, are one cluster and get x by one copy (`stage_barriers`), where there is a producer and no
-    sum of a program alone goes to the workspace. unroll: tiles of K in a straight line (`tile_product`), where
-    there is a producer and each share of K is some of them (`within`)."""
+    sum of a program alone goes to the workspace. unroll: stages in a straight line (`tile_product`), where
+    there is a producer and each share of K is some of them (`within`). slices: equal parts of the warps, each with
+    every such tile of K for itself (slice-K), whose sums the program adds up; 16 rows of W a warp. registers: a thread
+    at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`."""
 
     block_m: int
     block_n: int
@@ -46,6 +51,8 @@ class TiledConfig:
     producer: bool = False
     sharers: int = 1
     unroll: int = 1
+    slices: int = 1
+    registers: int = 0
 
     @property
     def adders(self) -> int:
@@ -60,7 +67,8 @@ class TiledConfig:
     @property
     def shares_x(self) -> int:
         """`sharers`, or 1 where there is none to share x with."""
-        return self.sharers if self.producer and (self.adders > 1 or self.split_k == 1) else 1
+        alone = self.slices == 1 and (self.adders > 1 or self.split_k == 1)
+        return self.sharers if self.producer and alone else 1
 
     def within(self, tiles: int) -> TiledConfig:
         """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples."""
@@ -70,7 +78,10 @@ class TiledConfig:
         """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
         producer, and unrolled ones where named barriers do not last for each warpgroup and stage."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
-        return replace(self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll))
+        registers = self.registers if self.producer else 0
+        return replace(
+            self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers
+        )
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail and mbarriers."""
@@ -80,7 +91,7 @@ class TiledConfig:
 @dataclass(frozen=True)
 class Tile:
     """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
-    share x; unroll: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
+    share x; unroll, slices: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
     dependent launch; before_tail, is_tail: of two launches whose second computes the rest, the first and the second."""
 
     block_m: int
@@ -91,6 +102,7 @@ class Tile:
     adders: int
     sharers: int = 1
     unroll: int = 1
+    slices: int = 1
     bits: int = 4
     dtype: Any = gl.float16
     group: int = 128
@@ -105,7 +117,7 @@ class Tile:
     def of(cls, config: TiledConfig, **others: Any) -> Tile:
         return cls(
             config.block_m, config.block_n, config.stages, config.warps, config.split_k, config.adders,
-            config.shares_x, config.unroll, **others,
+            config.shares_x, config.unroll, config.slices, **others,
         )  # fmt: skip
 
 
@@ -119,15 +131,21 @@ def ctas_of(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def rows_of(t):  # type: ignore[no-untyped-def]
+    """Rows of the MMAs' sums: of W, once for each slice."""
+    return t.slices * t.block_n
+
+
+@gluon.constexpr_function
 def blocks_of(t):  # type: ignore[no-untyped-def]
     """Blocks of 16 rows of a warp."""
-    return t.block_n // (16 * t.warps)
+    return rows_of(t) // (16 * t.warps)
 
 
 @gluon.constexpr_function
 def stage_bytes(t):  # type: ignore[no-untyped-def]
-    """Words and x of a tile of K."""
-    return t.block_n * 16 * t.bits + t.block_m * 256
+    """Words and x of a stage."""
+    return rows_of(t) * 16 * t.bits + t.slices * t.block_m * 256
 
 
 @gluon.constexpr_function
@@ -138,13 +156,13 @@ def stages_bytes(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def x_offset(t):  # type: ignore[no-untyped-def]
     """Of x, behind the words of all stages."""
-    return t.stages * t.block_n * 16 * t.bits
+    return t.stages * rows_of(t) * 16 * t.bits
 
 
 @gluon.constexpr_function
 def share_bytes(t):  # type: ignore[no-untyped-def]
-    """Sums of the tokens that a program of a cluster owns [tokens, BLOCK_N + _PAD]: a multiple of 16."""
-    return t.block_m // t.adders * (t.block_n + _PAD.value) * 4
+    """Sums of the tokens that a program of a cluster owns [tokens, ROWS + _PAD]: a multiple of 16."""
+    return t.block_m // t.adders * (rows_of(t) + _PAD.value) * 4
 
 
 @gluon.constexpr_function
@@ -176,7 +194,9 @@ def barrier_offset(t):  # type: ignore[no-untyped-def]
 def _adders(config: TiledConfig) -> int:
     """Where sums fit the stages of 4 bits, so that they do with more."""
     adders = min(config.cluster, config.split_k)
-    tile = Tile(config.block_m, config.block_n, config.stages, config.warps, config.split_k, adders)
+    tile = Tile(
+        config.block_m, config.block_n, config.stages, config.warps, config.split_k, adders, slices=config.slices
+    )
     own = adders * int(share_bytes(tile)) if adders > 2 else int(mail_barrier_offset(tile)) + 8
     return adders if own <= int(stages_bytes(tile)) else 1
 
@@ -184,7 +204,8 @@ def _adders(config: TiledConfig) -> int:
 @cache
 def _within(config: TiledConfig, tiles: int) -> TiledConfig:
     unroll = config.as_it_runs().unroll
-    return replace(config, unroll=unroll if tiles % (config.split_k * unroll) == 0 else 1)
+    stages = -(-tiles // config.slices)
+    return replace(config, unroll=unroll if stages % (config.split_k * unroll) == 0 else 1)
 
 
 @cache
@@ -235,8 +256,8 @@ def operand_layout(t):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def words_layout(t):  # type: ignore[no-untyped-def]
-    """[BLOCK_N BITS / 8, 64] int16, in 4 bits two rows of W side by side, held as wgmma holds its left operand
-    [BLOCK_N, 8 BITS]: lane 4 r + q of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 .. further) of rows 16 w + r
+    """[ROWS BITS / 8, 64] int16, in 4 bits two rows of W side by side, held as wgmma holds its left operand
+    [ROWS, 8 BITS]: lane 4 r + q of warp w has words 2 q, 2 q + 1 (and those 8, 16, 24 .. further) of rows 16 w + r
     and 16 w + r + 8."""
     bits = t.bits
     if bits == 4:
@@ -244,7 +265,7 @@ def words_layout(t):  # type: ignore[no-untyped-def]
     else:
         reg, lane = [[0, 1], [8, 0], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     row = 16 * t.warps
-    while row < t.block_n:
+    while row < rows_of(t):
         reg.append([row * bits // 8, 0])
         row *= 2
     warp = []
@@ -252,7 +273,7 @@ def words_layout(t):  # type: ignore[no-untyped-def]
     while w < t.warps:
         warp.append([2 * bits * w, 0])
         w *= 2
-    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas_of(t), 2), [t.block_n * bits // 8, 64])
+    return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas_of(t), 2), [rows_of(t) * bits // 8, 64])
 
 
 @gluon.constexpr_function

@@ -135,7 +135,7 @@ def producers_by_registers(config: TiledConfig) -> int:
 
 def max_registers(config: TiledConfig) -> int:
     """Registers a thread at launch, for consumers and a warpgroup of which the producer is a part."""
-    return min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
+    return config.registers or min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
 
 
 def launch_producer(
@@ -147,6 +147,6 @@ def launch_producer(
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
     _producer_kernel[(n_tiles * split // ctas,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
-        first_tile, -(-tiles // split), T=tile, num_warps=config.warps, num_ctas=ctas, maxnreg=max_registers(config),
+        first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, maxnreg=max_registers(config),
         launch_pdl=tile.pdl,
     )  # fmt: skip

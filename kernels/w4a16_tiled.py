@@ -204,7 +204,7 @@ def _launch_tiles(
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
-            -(-tiles // split), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:
         tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part

@@ -64,6 +64,15 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 3, 1, True, 2, 2), "fp16", 128, True, False, DECODE_N, (256, 2048, 16384), (100, 300)),
     (TiledConfig(64, 256, 1, 8, 4, 1, True, 1, 4), "bf16", 128, True, False, DECODE_N, (512, 8192), (64,)),
     (TiledConfig(64, 64, 2, 4, 2, 2, True, 1, 4), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    # slices of K in warps of their own: of a cluster, of clusters of a tile, alone, whole waves, in a straight line; 5
+    # and 129 tiles leave a stage half empty
+    (TiledConfig(64, 64, 2, 8, 3, 2, True, 1, 1, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(64, 64, 4, 8, 2, 2, True, 1, 1, 2, 80), "fp16", 64, False, True, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(16, 64, 4, 8, 2, 4, True, 1, 1, 2, 80), "bf16", 32, False, False, DECODE_N, DECODE_K, (13, 30)),
+    (TiledConfig(64, 64, 2, 8, 3, 1, False, 1, 1, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
+    (TiledConfig(32, 64, 1, 8, 3, 1, True, 1, 1, 2), "fp16", None, False, True, DECODE_N, (1000,), (7, 30)),
+    (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), "fp16", 128, True, False, DECODE_N, (2048, 14336), (64,)),
+    (TiledConfig(64, 64, 2, 8, 3, 2, True, 1, 1, 2), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
@@ -114,6 +123,7 @@ BYTE_CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(64, 128, 1, 4, 3), "fp16", None, False, True, DECODE_N, (1000,), (7, 100)),
     (TiledConfig(128, 128, 2, 8, 3, 2, True), "bf16", 384, True, True, DECODE_N, (1152, 16512), (100, 300)),
     (TiledConfig(256, 128, 1, 8, 2, 1, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(16, 64, 2, 8, 4, 2, True, 1, 1, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (1, 13)),
     (None, "fp16", 64, False, True, DECODE_N, DECODE_K, (1, 16, 100, 300)),
 ]
 
