@@ -28,9 +28,9 @@ from compress.kernels.decode_ops import check_operands
 class DenseConfig:
     """Tile of one launch; as it stands measured on an H100 at 128256 x 4096 (NOTES.md)."""
 
-    block_n: int = 16
-    block_k: int = 512
-    warps: int = 4
+    block_n: int = 8
+    block_k: int = 1024
+    warps: int = 8
 
 
 @triton.jit(do_not_specialize=["n_squares"])

@@ -28,13 +28,16 @@ from compress.kernels.tile_shape import (
     GROUP_N,
     ctas_of,
     in_units,
+    leaving_layout,
     memory_layout,
     memory_units,
     mma_layout,
     operand_layout,
+    out_offset,
     rows_of,
     stage_bytes,
     tiles_ahead,
+    tokens_at_once,
     words_layout,
     x_offset,
 )
@@ -50,20 +53,21 @@ def _barrier_layout(t):  # type: ignore[no-untyped-def]
 @gluon.jit
 def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES, BLOCK_M, 64] in shared memory, and mbarriers
-    int64 [128, 1], the last 2 STAGES of which are those of the stages. All of it is there for whoever runs behind
-    this."""
+    int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves through. All of it is there
+    for whoever runs behind this."""
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
     X_UNIT: gl.constexpr = x_offset(T) // 1024
     x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [2 * T.slices * T.stages, T.block_m, 64], x_desc.layout)
+    OUT_UNIT: gl.constexpr = out_offset(T) // 1024
     barriers = memory.index(UNITS - 1)._reinterpret(gl.int64, [128, 1], _barrier_layout(T))
     open_stages(T)
     if ctas_of(T) > 1:
         open_cluster(T)
     fence_async_shared()
     gl.thread_barrier()
-    return words, x, barriers
+    return words, x, barriers, memory.index(OUT_UNIT)
 
 
 @gluon.constexpr_function
@@ -182,6 +186,12 @@ def next_stage(stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def all_tiles(M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Tiles of y."""
+    return gl.cdiv(M, T.block_m) * gl.cdiv(N, T.block_n)
+
+
+@gluon.jit
 def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile."""
     m_tiles, n_tiles = gl.cdiv(M, T.block_m), gl.cdiv(N, T.block_n)
@@ -226,7 +236,7 @@ def wait_for_previous(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A program's sums [ROWS, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
@@ -257,22 +267,40 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0,
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
     else:
         wait_for_sharers(T)
-        _store_tile(out_desc, acc, bias_ptr, x_smem, n0, m0, N, T)
+        _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)
         if T.sharers > 1:
             attend_sums(T)
 
 
 @gluon.jit
-def _store_tile(out_desc, acc, bias_ptr, x_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of y^T and bias to y as whole lines, through the shared memory that the stages of x no longer need."""
+def _tokens_of(acc, part: gl.constexpr, PARTS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """One of PARTS equal parts of the tokens of acc [ROWS, tokens]: only renames registers."""
+    if PARTS == 1:
+        acc = gl.convert_layout(acc, leaving_layout(T), assert_trivial=True)
+    else:
+        halves = gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1))
+        acc = _tokens_of(halves[part // (PARTS // 2)], part % (PARTS // 2), PARTS // 2, T)
+    return acc
+
+
+@gluon.jit
+def _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
+    needed, or of a persistent program its own, of which copies may still read when this returns."""
+    TOKENS: gl.constexpr = tokens_at_once(T)
+    PARTS: gl.constexpr = T.block_m // TOKENS
     if T.has_bias:
         rn = gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T)))
         bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
         acc += gl.expand_dims(bias, 1)
-    gl.static_assert(x_smem.shape[0] * 64 >= T.block_n, "the stages of x do not hold y")
-    y_smem = x_smem._reinterpret(out_desc.dtype, [T.block_m, T.block_n], out_desc.layout)
-    gl.thread_barrier()  # other warps may still be multiplying
-    y_smem.permute([1, 0]).store(acc.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [m0, n0], y_smem)
-    tma.store_wait(0)
+    gl.static_assert(T.persistent or 128 * T.stages >= T.block_n, "the stages of x do not hold y")
+    y_smem = out_smem._reinterpret(out_desc.dtype, [TOKENS, T.block_n], out_desc.layout)
+    for part in gl.static_range(PARTS):
+        if T.persistent:
+            tma.store_wait(0)
+        gl.thread_barrier()  # other warps may still be multiplying, or not know that copies have read what was here
+        y_smem.permute([1, 0]).store(_tokens_of(acc, part, PARTS, T).to(out_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [m0 + part * TOKENS, n0], y_smem)
+    if not T.persistent:
+        tma.store_wait(0)

@@ -44,8 +44,6 @@ from compress.kernels.tile_parts import (
     load_columns,
     load_words,
     next_stage,
-    row_unit,
-    rows_within,
     slice_of_warp,
 )
 from compress.kernels.tile_shape import (
@@ -102,34 +100,36 @@ def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.co
 
 
 @gluon.jit
-def to_size(acc, scale_ptr, n0, N, K, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of products with `part_of_tile`, in its units -> those with weights."""
-    if not in_units(T):
-        return acc
-    rn = n0 + rows_within(gl.arange(0, rows_of(T), gl.SliceLayout(1, mma_layout(T))), T)
-    return acc * gl.expand_dims(row_unit(scale_ptr, rn, N, K, T) * SCALED_UNIT, 1)
+def to_size(acc, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of products with `part_of_tile`, in its units -> those with weights. Rows are where the operand has
+    them."""
+    if in_units(T):
+        ROWS: gl.constexpr = gl.SliceLayout(1, mma_layout(T))
+        unit = gl.convert_layout(SCALED_UNIT / part_of_unit, ROWS, assert_trivial=True)
+        acc = acc * gl.expand_dims(unit, 1)
+    return acc
 
 
 @gluon.jit
 def multiply_tiles(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
+    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, BLOCK_M]: the sums of a tile over stages first .. last - 1 of K, the first STAGES of which are on
     their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
-    if T.unroll > 1:
+    if T.unroll > 1 or T.persistent:
         gl.assume(first < last)
     if blocks_of(T) == 2:
-        acc = _in_four_groups(
+        acc, stage, phase = _in_four_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, COPIES, T,
+            n0, m0, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
     else:
-        acc = _in_two_groups(
+        acc, stage, phase = _in_two_groups(
             words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, COPIES, T,
+            n0, m0, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
-    return to_size(acc, scale_ptr, n0, N, K, T)
+    return to_size(acc, part_of_unit, T), stage, phase
 
 
 @gluon.jit
@@ -143,9 +143,10 @@ def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, firs
 
 
 @gluon.jit
-def _filled_again(t, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the stage of the tile before tile t is one, and takes another tile, if anybody else is to be told."""
-    live = t > first
+def _filled_again(t, first, last, again, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the stage before stage t is one, and is filled another time, if anybody else is to be told. again: there
+    was a tile before this one."""
+    live = (t > first) | again
     if T.sharers > 1:
         live = live & (t - 1 + T.stages < last)
     return live
@@ -182,7 +183,7 @@ def _words_of(words_smem, stage, phase, T: gl.constexpr):  # type: ignore[no-unt
 @gluon.jit
 def _in_two_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
+    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
@@ -193,8 +194,6 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     high = low
     part = slice_of_warp(T)
-    stage = 0
-    phase = 0
     for first_of_run in range(first, last, UNROLL):
         words = _words_of(words_smem, stage, phase, T)
         for i in gl.static_range(UNROLL):
@@ -209,7 +208,7 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
             behind = _stage_behind(stage, T)
             if not COPIES:
-                arrive_empty(behind, _filled_again(t, first, last, T), T)
+                arrive_empty(behind, _filled_again(t, first, last, again, T), T)
             high = part_of_tile(words, columns, 1, 0, 1, T)
             x = x_smem.index(2 * (T.slices * stage + part) + 1).permute([1, 0])
             if i + 1 < UNROLL:
@@ -221,13 +220,13 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             columns = _behind_first(columns, T)
         stage, phase = next_stage(stage, phase, T)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return acc
+    return acc, stage, phase
 
 
 @gluon.jit
 def _in_four_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, COPIES: gl.constexpr, T: gl.constexpr,
+    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
     earlier, or its registers might still be read, by the group four before it."""
@@ -239,8 +238,6 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
     second = warpgroup_mma_init(acc)
     last_but_one = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     before = last_but_one
-    stage = 0
-    phase = 0
     for first_of_run in range(first, last, UNROLL):
         behind = _stage_behind(stage, T)
         words = _words_of(words_smem, stage, phase, T)
@@ -255,7 +252,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
                     words = _words_of(words_smem, stage, phase, T)
                 acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
                 if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
-                    arrive_empty(behind, _filled_again(t, first, last, T), T)
+                    arrive_empty(behind, _filled_again(t, first, last, again, T), T)
                 if g % 2 == 0:
                     acc = warpgroup_mma(w, x, acc, is_async=True)
                 else:
@@ -273,4 +270,4 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
         stage, phase = next_stage(stage, phase, T)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
-    return gl.convert_layout(both, mma_layout(T), assert_trivial=True)
+    return gl.convert_layout(both, mma_layout(T), assert_trivial=True), stage, phase

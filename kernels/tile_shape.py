@@ -3,11 +3,12 @@ shared memory, and layouts of registers.
 
     shared memory of a program, from its begin (`global_smem`)
 
-    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail of a cluster | 2 STAGES mbarriers |
-    0                                         x_offset                           stages_bytes            barrier_offset
+    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail, or y        | 2 STAGES mbarriers |
+    0                                         x_offset                           stages_bytes        barrier_offset
 
 A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of each
-slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own.
+slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own. Mail: of a cluster (`cluster_sums`); y, some tokens at a time: of a
+persistent program, whose stages already take the next tile. Any other sends y through the stages.
 
 Functions of a Tile are Triton's, not methods: Triton looks into those, and not into methods, when it asks whether code
 on its disk is still that of the source.
@@ -26,6 +27,8 @@ from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_o
 
 GROUP_N = 8
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
+# bytes on Hopper, which lets a program have 227 KiB: a unit is for mbarriers and another for what Triton hands over
+_FOR_STAGES_AND_Y: gl.constexpr = gl.constexpr(225 * 1024)
 _UNIT: gl.constexpr = gl.constexpr(1024)  # bytes that parts of shared memory are multiples of, for swizzled copies
 # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
 _PAD: gl.constexpr = gl.constexpr(4)
@@ -40,7 +43,9 @@ class TiledConfig:
     sum of a program alone goes to the workspace. unroll: stages in a straight line (`tile_product`), where
     there is a producer and each share of K is some of them (`within`). slices: equal parts of the warps, each with
     every such tile of K for itself (slice-K), whose sums the program adds up; 16 rows of W a warp. registers: a thread
-    at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`."""
+    at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`. persistent: one program to each
+    place on the machine, which computes tile after tile: copies for the next go on while one leaves. Where there is a
+    producer, whole tiles, and room for y."""
 
     block_m: int
     block_n: int
@@ -53,6 +58,7 @@ class TiledConfig:
     unroll: int = 1
     slices: int = 1
     registers: int = 0
+    persistent: bool = False
 
     @property
     def adders(self) -> int:
@@ -67,21 +73,24 @@ class TiledConfig:
     @property
     def shares_x(self) -> int:
         """`sharers`, or 1 where there is none to share x with."""
-        alone = self.slices == 1 and (self.adders > 1 or self.split_k == 1)
-        return self.sharers if self.producer and alone else 1
+        sums = self.adders > 1 or self.split_k == 1
+        return self.sharers if self.producer and sums and self.slices == 1 and not self.persistent else 1
 
     def within(self, tiles: int) -> TiledConfig:
-        """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples."""
-        return self if self.unroll == 1 else _within(self, tiles)
+        """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor
+        persistent where K does not fill the stages."""
+        return self if self.unroll == 1 and not self.persistent else _within(self, tiles)
 
     def as_it_runs(self) -> TiledConfig:
         """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
         producer, and unrolled ones where named barriers do not last for each warpgroup and stage."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
-        return replace(
+        found = replace(
             self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers
         )
+        whole = self.producer and self.split_k == 1 and self.slices == 1
+        return found if whole and _has_room_for_y(found) else replace(found, persistent=False)
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail and mbarriers."""
@@ -91,7 +100,7 @@ class TiledConfig:
 @dataclass(frozen=True)
 class Tile:
     """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
-    share x; unroll, slices: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
+    share x; unroll, slices, persistent: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
     dependent launch; before_tail, is_tail: of two launches whose second computes the rest, the first and the second."""
 
     block_m: int
@@ -103,6 +112,7 @@ class Tile:
     sharers: int = 1
     unroll: int = 1
     slices: int = 1
+    persistent: bool = False
     bits: int = 4
     dtype: Any = gl.float16
     group: int = 128
@@ -117,7 +127,7 @@ class Tile:
     def of(cls, config: TiledConfig, **others: Any) -> Tile:
         return cls(
             config.block_m, config.block_n, config.stages, config.warps, config.split_k, config.adders,
-            config.shares_x, config.unroll, config.slices, **others,
+            config.shares_x, config.unroll, config.slices, config.persistent, **others,
         )  # fmt: skip
 
 
@@ -178,10 +188,27 @@ def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def tokens_at_once(t):  # type: ignore[no-untyped-def]
+    """Tokens of y that leave at once: all, or of a persistent program what there is room for behind the stages."""
+    tokens = t.block_m
+    while t.persistent and tokens > 1 and stages_bytes(t) + 2 * t.block_n * tokens > _FOR_STAGES_AND_Y.value:
+        tokens //= 2
+    return tokens
+
+
+@gluon.constexpr_function
+def out_offset(t):  # type: ignore[no-untyped-def]
+    """Of what y leaves through."""
+    return stages_bytes(t) if t.persistent else x_offset(t)
+
+
+@gluon.constexpr_function
 def memory_units(t):  # type: ignore[no-untyped-def]
     """Kilobytes of all."""
-    mail = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
-    return stages_bytes(t) // _UNIT.value + -(-(mail + 16 * t.stages) // _UNIT.value)
+    behind = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
+    if t.persistent:
+        behind = 2 * t.block_n * tokens_at_once(t)
+    return stages_bytes(t) // _UNIT.value + -(-(behind + 16 * t.stages) // _UNIT.value)
 
 
 @gluon.constexpr_function
@@ -202,10 +229,18 @@ def _adders(config: TiledConfig) -> int:
 
 
 @cache
+def _has_room_for_y(config: TiledConfig) -> bool:
+    return int(tokens_at_once(Tile.of(replace(config, persistent=True)))) >= 16
+
+
+@cache
 def _within(config: TiledConfig, tiles: int) -> TiledConfig:
-    unroll = config.as_it_runs().unroll
+    runs = config.as_it_runs()
     stages = -(-tiles // config.slices)
-    return replace(config, unroll=unroll if stages % (config.split_k * unroll) == 0 else 1)
+    return replace(
+        config, unroll=runs.unroll if stages % (config.split_k * runs.unroll) == 0 else 1,
+        persistent=runs.persistent and tiles >= config.stages,
+    )  # fmt: skip
 
 
 @cache
@@ -241,6 +276,14 @@ def tiles_ahead(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def memory_layout(t):  # type: ignore[no-untyped-def]
     return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=cluster_bases(ctas_of(t), 1))
+
+
+@gluon.constexpr_function
+def leaving_layout(t):  # type: ignore[no-untyped-def]
+    """Of the sums [ROWS, tokens_at_once]."""
+    return gl.NVMMADistributedLayout(
+        [3, 0], [t.warps, 1], [16, tokens_at_once(t), 16], cluster_bases(ctas_of(t), 2)
+    )
 
 
 @gluon.constexpr_function

@@ -149,20 +149,27 @@ _BYTE_TILES = {
 }
 
 
+_UNROLLS = (2, 4, 14)  # stages in a straight line; 14 of a K of 14336
+
+
 def _tiled_grid(m: int, tiles: dict[int, Any], least: int) -> Iterator[w4a16_tiled.TiledConfig]:
     for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
         for block_n, warps, stages in tiles[block_m] if m >= least else ():
             yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
+        for stages in (3, 4) if least <= m <= 64 else ():
+            yield w4a16_tiled.TiledConfig(block_m, 64, 1, 8, stages, slices=2)
 
 
 def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
-    """split_k and cluster are compiled in: they decide how sums leave."""
+    """All of it is compiled in: split_k and cluster decide how sums leave."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
     shared = [(1, 1), *((s, c) for s in splits for c in (1, 2, 4, 8) if c <= s)]
     found = [replace(config, split_k=s, cluster=c, producer=p) for p in (False, True) for s, c in shared]
     if m >= 256:  # where copies of x are what tiles wait for
         found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
-    return [c for c in found if c.adders == c.cluster and c.shares_x == c.sharers]
+    found += [replace(c, unroll=u) for c in found if c.adders == c.split_k for u in _UNROLLS]
+    found += [replace(c, persistent=True) for c in found if c.split_k == 1]
+    return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP))]
 
 
 def _tiled_rule(m: int, weight: Any) -> w4a16_tiled.TiledConfig:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_sharers
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.tile_parts import (
+    all_tiles,
     copy_stage,
     first_columns,
     leave,
@@ -40,7 +42,7 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 @gluon.jit
-def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
     STAGES: gl.constexpr = T.stages
     if ctas_of(T) > 1:
@@ -59,45 +61,74 @@ def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, 
         wait_empty(stage, phase, T)
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, False, T)
         stage, phase = next_stage(stage, phase, T)
+    if T.persistent:
+        for later in range(gl.program_id(0) + gl.num_programs(0), all_tiles(M, N, T), gl.num_programs(0)):
+            n0, m0 = tile_origin(later, M, N, T)
+            for t in range(first, last):
+                wait_empty(stage, phase, T)
+                copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True,
+                           False, T)  # fmt: skip
+                stage, phase = next_stage(stage, phase, T)
     if ctas_of(T) > 1:
         attend_sums(T)
 
 
 @gluon.jit
-def _relay(first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Tell the consumers of each tile whose copies are there. By one warp."""
+def _relay(first, last, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell the consumers of each stage whose copies are there. By one warp."""
+    stages = last - first
+    if T.persistent:
+        stages *= gl.cdiv(all_tiles(M, N, T) - gl.program_id(0), gl.num_programs(0))
     stage = 0
     phase = 0
-    for _ in range(first, last):
+    for _ in range(stages):
         wait_ready(stage, phase, T)
         pass_on(stage, T)
         stage, phase = next_stage(stage, phase, T)
 
 
 @gluon.jit
-def _attend(first, last, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(first, last, M, N, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A warp without copies to make: it may `_relay`."""
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
     if RELAYS:
-        _relay(first, last, T)
+        _relay(first, last, M, N, T)
     if ctas_of(T) > 1:
         attend_sums(T)
 
 
 @gluon.jit
-def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
+def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers, out_smem,
              rank, first, last, n0, m0, M, N, K, tiles, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """The sums of a tile, with copies by another partition."""
-    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
-    acc = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
-                         first, last, n0, m0, N, K, tiles, False, T)  # fmt: skip
-    # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this program's
-    # share of K is empty, its consumers have not, and who had the workspace before may still read it.
-    if T.pdl and (T.is_tail or T.split > T.adders):
-        pdl_wait()
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, T)
+    """The sums of a tile, or of tile after tile, with copies by another partition."""
+    stage = 0
+    phase = 0
+    again = False
+    if T.persistent:
+        part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
+        end = all_tiles(M, N, T)
+        for tile in range(gl.program_id(0), end, gl.num_programs(0)):
+            acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
+                                               part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again,
+                                               False, T)  # fmt: skip
+            here_n, here_m = n0, m0
+            n0, m0 = tile_origin(gl.minimum(tile + gl.num_programs(0), end - 1), M, N, T)
+            part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
+            leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
+            again = True
+        tma.store_wait(0)
+    else:
+        part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
+        acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
+                                           part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again, False,
+                                           T)  # fmt: skip
+        # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this
+        # program's share of K is empty, its consumers have not, and who had the workspace before may still read it.
+        if T.pdl and (T.is_tail or T.split > T.adders):
+            pdl_wait()
+        leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -109,14 +140,14 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     fetch_first_descriptor("_producer_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, T)
     n0, m0 = tile_origin(tile, M, N, T)
-    words_smem, x_smem, barriers = open_memory(words_desc, x_desc, T)
+    words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     gl.warp_specialize(
         [
             (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
-                        rank, first, last, n0, m0, M, N, K, tiles, T)),
-            (_produce, (words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, T)),
-            (_attend, (first, last, T.unroll > 1, T)),
-            (_attend, (first, last, False, T)),
+                        out_smem, rank, first, last, n0, m0, M, N, K, tiles, T)),
+            (_produce, (words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, T)),
+            (_attend, (first, last, M, N, T.unroll > 1, T)),
+            (_attend, (first, last, M, N, False, T)),
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -141,11 +172,13 @@ def max_registers(config: TiledConfig) -> int:
 def launch_producer(
     x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
     weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
-    n_tiles: int, config: TiledConfig, tile: Tile,
+    n_tiles: int, config: TiledConfig, tile: Tile, at_once: int,
 ) -> None:  # fmt: skip
-    """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
+    """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller. at_once:
+    places for programs."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
-    _producer_kernel[(n_tiles * split // ctas,)](
+    programs = min(n_tiles, at_once) if config.persistent else n_tiles * split // ctas
+    _producer_kernel[(programs,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
         first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, maxnreg=max_registers(config),
         launch_pdl=tile.pdl,

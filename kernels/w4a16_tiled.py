@@ -59,7 +59,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
+from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig, tokens_at_once
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
 from compress.kernels.wna16_layout import PackedWeight
@@ -77,7 +77,7 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     fetch_first_descriptor("_tiled_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, T)
     n0, m0 = tile_origin(tile, M, N, T)
-    words_smem, x_smem, barriers = open_memory(words_desc, x_desc, T)
+    words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                    True, False, True, T)  # fmt: skip
@@ -87,11 +87,15 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
         copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
                    False, True, True, T)  # fmt: skip
 
-    acc = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                         part_of_unit, first, last, n0, m0, N, K, tiles, True, T)  # fmt: skip
+    stage = 0
+    phase = 0
+    again = False
+    acc, stage, phase = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
+                                       part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again, True,
+                                       T)  # fmt: skip
     if T.is_tail and T.pdl:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, x_smem, rank, n0, m0, M, N, T)
+    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -125,12 +129,29 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> 
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
+def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
+    """Of few tokens and tiles: one program a multiprocessor, of two slices, K split in two or not; None where that
+    leaves more than two multiprocessors of five idle. Smaller programs that fit twice or three times are not spread
+    evenly: some multiprocessors get three, others one."""
+    programs = -(-n // 64)
+    split = next((s for s in (2, 1) if 0.6 * n_sms <= s * programs <= n_sms), None)
+    if m > 64 or split is None or tiles < 8 * split:
+        return None
+    block_m = max(16, 1 << (m - 1).bit_length())
+    unroll = next(u for u in (4, 2, 1) if -(-tiles // 2) % (split * u) == 0)
+    return TiledConfig(block_m, 64, split, 8, 4, cluster=split, producer=True, unroll=unroll, slices=2)
+
+
 @lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4) -> TiledConfig:
-    """Tiles without a table; pure. The widest tile of tokens that M fills, and K split over what would stay idle, in
-    clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by side.
-    Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
+    """Tiles without a table; pure. One program to each multiprocessor where that fills them; else the widest tile of
+    tokens that M fills, and K split over what would stay idle, in clusters where these leave a fifth of the places
+    free: a cluster of more than two waits for them side by side. Measured on an H100 by `compress.kernels.tune`
+    (NOTES.md)."""
     tiles = -(-k // 128)
+    alone = _one_to_each(m, n, tiles, n_sms)
+    if alone is not None and alone.memory_bytes(bits) + HANDED_BYTES <= shared_bytes:
+        return alone
     if m <= 128:
         block_m = max(16, 1 << (m - 1).bit_length())
         block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
@@ -191,7 +212,6 @@ def _launch_tiles(
         )
     wide = _copy_layout(ctas)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
-    out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.block_m, config.block_n], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
     words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
     tile = Tile.of(
@@ -199,8 +219,12 @@ def _launch_tiles(
         has_zero=weight.zero is not None, has_bias=bias is not None, even_n=n % config.block_n == 0, pdl=pdl,
         before_tail=before_tail, is_tail=is_tail,
     )  # fmt: skip
+    out_desc = TensorDescriptor(y, [m, n], [n, 1], [int(tokens_at_once(tile)), config.block_n], wide)
     if config.producer:
-        launch_producer(x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile)
+        launch_producer(
+            x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile,
+            slots(config, n_sms(x.device), shared_bytes(x.device), bits),
+        )  # fmt: skip
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,

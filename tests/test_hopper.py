@@ -73,6 +73,11 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(32, 64, 1, 8, 3, 1, True, 1, 1, 2), "fp16", None, False, True, DECODE_N, (1000,), (7, 30)),
     (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), "fp16", 128, True, False, DECODE_N, (2048, 14336), (64,)),
     (TiledConfig(64, 64, 2, 8, 3, 2, True, 1, 1, 2), "fp16", 128, True, True, (19200,), (1024, 2048), (64,)),
+    # tile after tile by the same programs: 600 tiles of 1, 2 or 4 rounds, y in parts; and no more tiles than programs
+    (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (19200,), (512, 640), (300,)),
+    (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 64, True, False, (72, 19200), (2048,), (300,)),
+    (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 128, False, True, (19272,), (640,), (30, 300)),
+    (TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True), "fp16", 128, True, True, (1000, 19200), (1024,), (150,)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
@@ -124,6 +129,7 @@ BYTE_CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(128, 128, 2, 8, 3, 2, True), "bf16", 384, True, True, DECODE_N, (1152, 16512), (100, 300)),
     (TiledConfig(256, 128, 1, 8, 2, 1, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (100, 300)),
     (TiledConfig(16, 64, 2, 8, 4, 2, True, 1, 1, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (1, 13)),
+    (TiledConfig(128, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 128, True, True, (19200,), (1024,), (300,)),
     (None, "fp16", 64, False, True, DECODE_N, DECODE_K, (1, 16, 100, 300)),
 ]
 

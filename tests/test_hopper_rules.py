@@ -57,8 +57,9 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int, bits: int) -> None:
     for n, k in itertools.product(NS, (*KS, 1000)):
         config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED, bits)
         tunable = tunables.TILED if bits == 4 else tunables.TILED_BYTES
-        bare = replace(config, split_k=1, cluster=1, producer=False)
+        bare = replace(config, split_k=1, cluster=1, producer=False, unroll=1)
         assert (bits == 4 and m <= 8) or bare in set(tunable.grid(m))
+        assert config == config.as_it_runs().within(-(-k // 128))
         assert config.memory_bytes(bits) + w4a16_tiled.HANDED_BYTES <= H100_SHARED
         assert config.adders == config.cluster  # sums fit the stages
         assert config.block_m >= min(m, 128)
@@ -90,15 +91,20 @@ def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> N
 
 def test_tiled_rule_at_known_shapes() -> None:
     """Oracle: waves and places counted by hand for 132 multiprocessors of 227 KiB. 4096 x 4096 at M = 32: 64 tiles make
-    256 programs when split in four; registers and shared memory (55 KiB) have room for 528, so they may be clusters. At
-    M = 64 73 KiB leave room for 396. At M = 256 64 tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two
-    whole waves of 132. 28672 x 4096 at M = 64: 224 tiles leave 40 of 264 places idle, which no split fills."""
+    128 programs when split in two, one to each multiprocessor but four; two slices of its 32 tiles of K make 8 stages for
+    each, four in a line; 112 tiles make 28, and 40 make 10, two in a line. 8192 rows fill 128 unsplit, 5120 have 80. With
+    1024 inputs there is too little for each: 64 tiles are split in two, in clusters, of 396 places. At M = 256 64
+    tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two whole waves of 132. 28672 x 4096 at M = 64: 224
+    tiles leave 40 of 264 places idle, which no split fills."""
 
-    def rule(m: int, n: int) -> TiledConfig:
-        return w4a16_tiled.choose_config(m, n, 4096, 132, H100_SHARED)
+    def rule(m: int, n: int, k: int = 4096) -> TiledConfig:
+        return w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
 
-    assert rule(32, 4096) == TiledConfig(32, 64, 4, 4, 4, cluster=4, producer=True)
-    assert rule(64, 4096) == TiledConfig(64, 64, 4, 4, 3, cluster=4, producer=True)
+    each = TiledConfig(64, 64, 2, 8, 4, cluster=2, producer=True, unroll=4, slices=2)
+    assert rule(64, 4096) == rule(64, 4096, 14336) == each and rule(32, 4096) == replace(each, block_m=32)
+    assert rule(64, 4096, 5120) == replace(each, unroll=2)
+    assert rule(64, 8192) == rule(64, 5120) == replace(each, split_k=1, cluster=1)
+    assert rule(64, 4096, 1024) == TiledConfig(64, 64, 2, 4, 3, cluster=2, producer=True)
     assert rule(256, 4096) == TiledConfig(128, 128, 2, 8, 3, cluster=2, producer=True)
     assert rule(257, 16896) == TiledConfig(256, 128, 1, 8, 3, producer=True)
     assert rule(64, 28672) == TiledConfig(64, 128, 1, 4, 3, producer=True)
