@@ -157,9 +157,7 @@ def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, s
     ready = ready_of(barriers, stage, T)
     if WORDS:
         announce(stage, stage_bytes(T), live, FIRST, T)
-        slices = words_smem._reinterpret(
-            gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout
-        )
+        slices = words_smem._reinterpret(gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
         for s in gl.static_range(SLICES):
             row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
             tma.async_copy_global_to_shared(words_desc, [row, 0], ready, slices.index(SLICES * stage + s), pred=live)

@@ -21,6 +21,8 @@ then one block of code, all but the first of which begin early:
     meanwhile   |         |         |     | words of tile t + 1 | its group 0 dequantized
     tile t + 1                                                  | group 0 | group 1 | ...
 
+A stage is a tile of K; with SLICES > 1 so many, each of which one part of the warps multiplies, with all rows.
+
 A program's share of K is some of these blocks, whole, and not none (`TiledConfig.within`): what is left over would want
 a loop that may not run, which C7515 is about.
 """

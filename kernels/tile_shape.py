@@ -3,12 +3,13 @@ shared memory, and layouts of registers.
 
     shared memory of a program, from its begin (`global_smem`)
 
-    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail, or y        | 2 STAGES mbarriers |
-    0                                         x_offset                           stages_bytes        barrier_offset
+    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail, or y | 2 STAGES mbarriers |
+    0                                         x_offset                           stages_bytes barrier_offset
 
-A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of each
-slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own. Mail: of a cluster (`cluster_sums`); y, some tokens at a time: of a
-persistent program, whose stages already take the next tile. Any other sends y through the stages.
+A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of
+each slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own. Mail: of a cluster
+(`cluster_sums`). y, some tokens at a time: of a persistent program, whose stages already take the next tile; any other
+sends y through the stages.
 
 Functions of a Tile are Triton's, not methods: Triton looks into those, and not into methods, when it asks whether code
 on its disk is still that of the source.
@@ -86,9 +87,7 @@ class TiledConfig:
         producer, and unrolled ones where named barriers do not last for each warpgroup and stage."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
-        found = replace(
-            self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers
-        )
+        found = replace(self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers)
         whole = self.producer and self.split_k == 1 and self.slices == 1
         return found if whole and _has_room_for_y(found) else replace(found, persistent=False)
 
@@ -100,8 +99,9 @@ class TiledConfig:
 @dataclass(frozen=True)
 class Tile:
     """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
-    share x; unroll, slices, persistent: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of block_n. pdl: programmatic
-    dependent launch; before_tail, is_tail: of two launches whose second computes the rest, the first and the second."""
+    share x; unroll, slices, persistent: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of
+    block_n. pdl: programmatic dependent launch; before_tail, is_tail: of two launches whose second computes the rest,
+    the first and the second."""
 
     block_m: int
     block_n: int
@@ -281,9 +281,7 @@ def memory_layout(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def leaving_layout(t):  # type: ignore[no-untyped-def]
     """Of the sums [ROWS, tokens_at_once]."""
-    return gl.NVMMADistributedLayout(
-        [3, 0], [t.warps, 1], [16, tokens_at_once(t), 16], cluster_bases(ctas_of(t), 2)
-    )
+    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens_at_once(t), 16], cluster_bases(ctas_of(t), 2))
 
 
 @gluon.constexpr_function

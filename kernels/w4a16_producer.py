@@ -6,6 +6,9 @@ are in step, so that none dequantizes while another multiplies. Here they meet a
     producer, 1 warp     wait empty[s]; announce ready[s]; copy words, copy x (two halves)            s = tile % STAGES
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
 
+With `TiledConfig.persistent` a program computes every so many-th tile, and the producer goes on to the next while the
+consumers send y: no program begins or ends between two tiles of a multiprocessor.
+
 Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
 beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`_relay`). All
 consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
@@ -42,8 +45,19 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 @gluon.jit
+def _refill(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Copies of stages first .. last - 1, each as soon as one is empty; which is next, and its phase."""
+    for t in range(first, last):
+        wait_empty(stage, phase, T)
+        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, False, T)
+        stage, phase = next_stage(stage, phase, T)
+    return stage, phase
+
+
+@gluon.jit
 def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Copies of tiles first .. last - 1, STAGES ahead of who reads them; words before the wait for the last kernel."""
+    """Copies of stages first .. last - 1, STAGES ahead of who reads them, of one tile or of tile after tile; the first
+    words before the wait for the last kernel."""
     STAGES: gl.constexpr = T.stages
     if ctas_of(T) > 1:
         attend_opening(T)
@@ -57,18 +71,13 @@ def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, 
                    False, True, False, T)  # fmt: skip
     stage = 0
     phase = 0
-    for t in range(first + STAGES, last):
-        wait_empty(stage, phase, T)
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, False, T)
-        stage, phase = next_stage(stage, phase, T)
+    stage, phase = _refill(words_desc, x_desc, words_smem, x_smem, barriers, first + STAGES, last, n0, m0, N, stage,
+                           phase, T)  # fmt: skip
     if T.persistent:
         for later in range(gl.program_id(0) + gl.num_programs(0), all_tiles(M, N, T), gl.num_programs(0)):
             n0, m0 = tile_origin(later, M, N, T)
-            for t in range(first, last):
-                wait_empty(stage, phase, T)
-                copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True,
-                           False, T)  # fmt: skip
-                stage, phase = next_stage(stage, phase, T)
+            stage, phase = _refill(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, stage,
+                                   phase, T)  # fmt: skip
     if ctas_of(T) > 1:
         attend_sums(T)
 
@@ -180,6 +189,6 @@ def launch_producer(
     programs = min(n_tiles, at_once) if config.persistent else n_tiles * split // ctas
     _producer_kernel[(programs,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
-        first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, maxnreg=max_registers(config),
-        launch_pdl=tile.pdl,
+        first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas,
+        maxnreg=max_registers(config), launch_pdl=tile.pdl,
     )  # fmt: skip

@@ -28,6 +28,11 @@ several clusters or programs leave of a tile, a second kernel adds up. Both add 
 
 Copies of x for two neighbouring tiles of N may be one (`TiledConfig.sharers`): it pays where many tokens are copied.
 
+Where tiles of few tokens are too few for the machine, a program is best as large as a multiprocessor: its warpgroups
+share out K tile by tile (`TiledConfig.slices`) and add up through its own shared memory, before the cluster does. Small
+programs, of which two or three fit, are not dealt out evenly. Where tiles of many tokens do not fill whole waves,
+persistent programs (`w4a16_producer`) take smaller ones.
+
 Where whole waves come first, the split tiles are a launch of their own that fills the machine as those drain.
 
 Twin: `compress.kernels.reference.w4a16_linear`. Needs compute capability 9.0, K and N multiples of 8.

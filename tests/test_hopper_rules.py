@@ -81,6 +81,10 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int, bits: int) -> None:
         (TiledConfig(256, 128, 2, 8, 3, 2), 2, 3 * 72 + 1),
         (TiledConfig(256, 128, 2, 8, 2, 2), 1, 2 * 72 + 1),  # 3 x 128 x 132 sums are more than two stages
         (TiledConfig(64, 64, 1, 4, 3, 4), 1, 3 * 20 + 1),  # nothing is split
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 2, 4 * 40 + 1),  # two slices a stage; mail is within
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 68 + 16 + 1),  # y of 128 tokens, of 256
+        (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), 1, 3 * 72 + 8 + 1),  # and of 32
+        (TiledConfig(256, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), 1, 4 * 72 + 1),  # no room, of 225 KiB, for any
     ],
     ids=str,
 )
@@ -91,11 +95,11 @@ def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> N
 
 def test_tiled_rule_at_known_shapes() -> None:
     """Oracle: waves and places counted by hand for 132 multiprocessors of 227 KiB. 4096 x 4096 at M = 32: 64 tiles make
-    128 programs when split in two, one to each multiprocessor but four; two slices of its 32 tiles of K make 8 stages for
-    each, four in a line; 112 tiles make 28, and 40 make 10, two in a line. 8192 rows fill 128 unsplit, 5120 have 80. With
-    1024 inputs there is too little for each: 64 tiles are split in two, in clusters, of 396 places. At M = 256 64
-    tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two whole waves of 132. 28672 x 4096 at M = 64: 224
-    tiles leave 40 of 264 places idle, which no split fills."""
+    128 programs when split in two, one to each multiprocessor but four; two slices of its 32 tiles of K make 8 stages
+    for each, four in a line; 112 tiles make 28, and 40 make 10, two in a line. 8192 rows fill 128 unsplit, 5120 have
+    80. With 1024 inputs there is too little for each: 64 tiles are split in two, in clusters, of 396 places. At M = 256
+    64 tiles are split in two. N = 132 * 128 at M = 257 has 264 tiles: two whole waves of 132. 28672 x 4096 at M = 64:
+    224 tiles leave 40 of 264 places idle, which no split fills."""
 
     def rule(m: int, n: int, k: int = 4096) -> TiledConfig:
         return w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
