@@ -114,7 +114,8 @@ class Decoder:
         return interleaved and all(w4a16_decode.takes(weight) for weight in packed)
 
     def has_own_head(self) -> bool:
-        """Whether the head of a step is `dense_behind_norm`: a dense one, for one sequence, behind fused products."""
+        """Whether the head of a step is `dense_behind_norm`, which advances positions, too: a dense one, for one
+        sequence, behind fused products."""
         parts = self.model.head.parts
         alone = self.fused and self.batch == len(parts) == 1
         return alone and isinstance(parts[0], Dense) and parts[0].bias is None
@@ -146,7 +147,8 @@ class Decoder:
         # no PDL: the launch before may be a copy
         x, stream = self.ops.rms_norm(model.embedding, model.layers[0].norm_in, model.eps, ids=self.tokens)
         logits = self._fused_layers(x, stream) if self.fused else self._project(model.head, self._layers(x, stream))
-        self.positions.add_(1)
+        if not self.has_own_head():
+            self.positions.add_(1)
         return logits
 
     def _layers(self, x: Tensor, stream: Tensor) -> Tensor:
@@ -174,7 +176,8 @@ class Decoder:
             hidden = self._around(layer.gate_up, middle.normed, Around(middle.squares, eps, silu=True))
             stream, x, squares = self._around(layer.down, hidden, Around(residual=middle.h, norm=norm))
         if self.has_own_head():
-            return self.ops.dense_behind_norm(x, model.head.parts[0].weight, squares, eps, pdl=self.pdl)
+            weight = model.head.parts[0].weight
+            return self.ops.dense_behind_norm(x, weight, squares, eps, self.positions, pdl=self.pdl)
         return self._project(model.head, self.ops.rms_norm(stream, model.norm, eps, pdl=self.pdl)[0])
 
     def _around(self, linear: FusedLinear, x: Tensor, around: Around) -> Any:

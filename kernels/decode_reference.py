@@ -109,8 +109,13 @@ def linear_around(
     return Stream(h, (_wide(h) * _wide(around.norm)).to(x.dtype), _wide(h).square().sum(-1).float()[None])
 
 
-def dense_behind_norm(x: Tensor, weight: Tensor, squares: Tensor, eps: float, pdl: bool = False) -> Tensor:
-    """x [M, K] W^T divided by the root mean square that squares [P, M] are parts of: what follows a Stream's normed."""
+def dense_behind_norm(
+    x: Tensor, weight: Tensor, squares: Tensor, eps: float, position: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """x [M, K] W^T divided by the root mean square that squares [P, M] are parts of: what follows a Stream's normed.
+    position: int32 [1], one more after this."""
+    if position is not None:
+        position += 1
     y = _wide(x) @ _wide(weight).t()
     return (y * torch.rsqrt(squares.sum(0).to(y.dtype) / x.shape[1] + eps)[:, None]).to(x.dtype)
 

@@ -179,13 +179,19 @@ def test_splits_fill_the_chip_and_no_more() -> None:
 @DTYPES
 @pytest.mark.parametrize(("n", "k"), [(70, 2600), (32, 64), (200, 2048)])
 def test_a_dense_product_behind_a_norm_equals_its_twin(n: int, k: int, dtype: torch.dtype) -> None:
-    """Oracle: `decode_reference.dense_behind_norm` in float64; edges of N and K inside a tile."""
+    """Oracle: `decode_reference.dense_behind_norm` in float64; edges of N and K inside a tile; a position counted by
+    hand."""
     x, weight = random(1, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
     squares = random(5, 1, dtype=torch.float32, seed=2).square() * k / 5
     expected = twin.dense_behind_norm(x.double(), weight.double(), squares.double(), 1e-5)
+    position = torch.tensor([6], dtype=torch.int32, device=DEVICE)
     for use_pdl in {False, pdl.supported(DEVICE)}:
-        found = dense_decode.dense_behind_norm(x, weight, squares, 1e-5, use_pdl)
-        assert relative_error(found, expected) < BOUND[dtype]
+        for counted in (None, position):
+            found = dense_decode.dense_behind_norm(x, weight, squares, 1e-5, counted, use_pdl)
+            assert relative_error(found, expected) < BOUND[dtype]
+    assert position.item() == 6 + len({False, pdl.supported(DEVICE)})
+    with pytest.raises(ConfigError, match="int64"):
+        dense_decode.dense_behind_norm(x, weight, squares, 1e-5, position.long())
     for bad in ((x, weight[:, 1:], squares), (x, weight.float(), squares), (x.repeat(2, 1), weight, squares)):
         with pytest.raises(ConfigError):
             dense_decode.dense_behind_norm(*bad, 1e-5)
