@@ -1,4 +1,5 @@
-"""Sums of a split tile, added up through the shared memory of a cluster: no workspace, no second kernel.
+"""Sums of a split tile, added up through the shared memory of a cluster, or of slices through a program's own: no
+workspace, no second kernel.
 
 Each program of the cluster has summed its share of K over the whole tile, and becomes the owner of a share of its
 tokens. Where the stages were, it lays its sums out by owner; it adds those that the others send it in the order of the
@@ -28,7 +29,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from compress.kernels.gluon_parts import instruction
-from compress.kernels.tile_shape import mail_barrier_offset, mail_offset, rows_of, share_bytes, sum_layout
+from compress.kernels.tile_shape import (
+    mail_barrier_offset,
+    mail_offset,
+    out_offset,
+    rows_of,
+    share_bytes,
+    sum_layout,
+    token_bytes,
+)
 
 
 @gluon.jit
@@ -140,7 +149,7 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [ROWS, BLOCK_M] of ADDERS programs for each of SHARERS
     tiles, an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program
-    in its cluster. `depart` follows where there is one."""
+    in its cluster. `depart` follows."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
     ADDERS: gl.constexpr = T.adders
@@ -163,12 +172,11 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
     fence_async_shared()
     gl.thread_barrier()
-    if ADDERS > 1:
-        if ADDERS == 2 or SHARERS == 1:
-            _wait()  # the mailboxes of all are open
-        _send(share, rank % SHARERS, SHARERS, ADDERS, SHARE, MBARRIER, MAIL)
-        _wait_for_mail(MBARRIER)
-        _arrive()  # what the others sent here they need no longer keep
+    if ADDERS == 2 or SHARERS == 1:
+        _wait()  # the mailboxes of all are open
+    _send(share, rank % SHARERS, SHARERS, ADDERS, SHARE, MBARRIER, MAIL)
+    _wait_for_mail(MBARRIER)
+    _arrive()  # what the others sent here they need no longer keep
 
     L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
@@ -176,11 +184,32 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
     total = gl.zeros((BLOCK_M, SHARERS * BLOCK_N), gl.float32, L)
     for s in gl.static_range(ADDERS):
-        begin = 0
-        if ADDERS > 1:
-            begin = gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE)
+        begin = gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE)
         for part in gl.static_range(SLICES):
             total += _load_fours(at + (begin + part * BLOCK_N * 4))
+    return total, rm, rn
+
+
+@gluon.jit
+def add_slices(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Total float32 [tokens, BLOCK_N] of the slices of acc [ROWS, tokens], and tokens and columns, of a program that
+    adds up with no other."""
+    BEGIN: gl.constexpr = out_offset(T)
+    ROW: gl.constexpr = token_bytes(T)
+    SLICES: gl.constexpr = T.slices
+    ACC: gl.constexpr = acc.type.layout
+    token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    rn = gl.arange(0, rows_of(T), gl.SliceLayout(1, ACC))
+    gl.thread_barrier()  # other warps may still multiply from what the stages hold, or read sums of other tokens
+    _store(BEGIN + gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
+    gl.thread_barrier()
+    L: gl.constexpr = sum_layout(T)
+    rm = gl.arange(0, acc.shape[1], gl.SliceLayout(1, L))
+    rn = gl.arange(0, T.block_n, gl.SliceLayout(0, L))
+    at = BEGIN + gl.expand_dims(rm * ROW, 1) + gl.expand_dims(rn * 4, 0)
+    total = _load_fours(at)
+    for part in gl.static_range(1, SLICES):
+        total += _load_fours(at + part * T.block_n * 4)
     return total, rm, rn
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from compress.kernels.cluster_sums import add_up, attend_sums, depart, open_cluster, wait_for_sharers
+from compress.kernels.cluster_sums import add_slices, add_up, attend_sums, depart, open_cluster, wait_for_sharers
 from compress.kernels.gluon_parts import (
     cluster_bases,
     cluster_rank,
@@ -240,7 +240,7 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
     BLOCK_N: gl.constexpr = T.block_n
     CLUSTERS: gl.constexpr = T.split // T.adders
     pid = gl.program_id(0)
-    if T.adders > 1 or T.slices > 1:
+    if T.adders > 1:
         total, rm, rn = add_up(acc, rank, T)
         if CLUSTERS > 1:
             sums_ptr = workspace_ptr + (pid // CLUSTERS * (T.sharers * CLUSTERS) + pid % CLUSTERS).to(gl.int64) * (
@@ -249,15 +249,19 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
             tile = rn // BLOCK_N * (CLUSTERS * BLOCK_M * BLOCK_N)
             gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(tile + rn % BLOCK_N, 0), total)
         else:
-            first = n0 - rank % T.sharers * BLOCK_N
-            if T.has_bias:
-                bias = gl.load(bias_ptr + first + rn, mask=first + rn < N, other=0)
-                total += gl.expand_dims(bias.to(gl.float32), 0)
-            mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(first + rn < N, 0)
-            y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(first + rn, 0)
-            gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
-        if T.adders > 1:
-            depart()
+            _store_rows(out_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
+        depart()
+    elif T.slices > 1:
+        TOKENS: gl.constexpr = tokens_at_once(T)
+        PARTS: gl.constexpr = BLOCK_M // TOKENS
+        for part in gl.static_range(PARTS):
+            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
+            rm += part * TOKENS
+            if CLUSTERS > 1:
+                sums_ptr = workspace_ptr + pid.to(gl.int64) * (BLOCK_M * BLOCK_N)
+                gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0), total)
+            else:
+                _store_rows(out_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T)
     elif T.split > 1:
         sums_ptr = workspace_ptr + pid.to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
@@ -268,6 +272,17 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
         _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)
         if T.sharers > 1:
             attend_sums(T)
+
+
+@gluon.jit
+def _store_rows(out_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums [tokens, columns] and bias to y from token m0 and column n0 on."""
+    if T.has_bias:
+        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0)
+        total += gl.expand_dims(bias.to(gl.float32), 0)
+    mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
+    y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+    gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

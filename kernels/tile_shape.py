@@ -8,8 +8,8 @@ shared memory, and layouts of registers.
 
 A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of
 each slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own. Mail: of a cluster
-(`cluster_sums`). y, some tokens at a time: of a persistent program, whose stages already take the next tile; any other
-sends y through the stages.
+(`cluster_sums`). y, or sums of slices, of some tokens at a time: of a persistent program, whose stages already take the
+next tile; any other sends them through the stages.
 
 Functions of a Tile are Triton's, not methods: Triton looks into those, and not into methods, when it asks whether code
 on its disk is still that of the source.
@@ -88,8 +88,11 @@ class TiledConfig:
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
         found = replace(self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers)
-        whole = self.producer and self.split_k == 1 and self.slices == 1
-        return found if whole and _has_room_for_y(found) else replace(found, persistent=False)
+        return (
+            found
+            if self.producer and self.split_k == 1 and _has_room_for_y(found)
+            else replace(found, persistent=False)
+        )
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail and mbarriers."""
@@ -172,7 +175,7 @@ def x_offset(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def share_bytes(t):  # type: ignore[no-untyped-def]
     """Sums of the tokens that a program of a cluster owns [tokens, ROWS + _PAD]: a multiple of 16."""
-    return t.block_m // t.adders * (rows_of(t) + _PAD.value) * 4
+    return t.block_m // t.adders * 4 * (rows_of(t) + _PAD.value)
 
 
 @gluon.constexpr_function
@@ -188,10 +191,16 @@ def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def token_bytes(t):  # type: ignore[no-untyped-def]
+    """Of what a token leaves through: a row of y, or of sums [ROWS + _PAD], which slices add up."""
+    return 2 * t.block_n if t.slices == 1 else 4 * (rows_of(t) + _PAD.value)
+
+
+@gluon.constexpr_function
 def tokens_at_once(t):  # type: ignore[no-untyped-def]
     """Tokens of y that leave at once: all, or of a persistent program what there is room for behind the stages."""
     tokens = t.block_m
-    while t.persistent and tokens > 1 and stages_bytes(t) + 2 * t.block_n * tokens > _FOR_STAGES_AND_Y.value:
+    while t.persistent and tokens > 1 and stages_bytes(t) + token_bytes(t) * tokens > _FOR_STAGES_AND_Y.value:
         tokens //= 2
     return tokens
 
@@ -207,7 +216,7 @@ def memory_units(t):  # type: ignore[no-untyped-def]
     """Kilobytes of all."""
     behind = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
     if t.persistent:
-        behind = 2 * t.block_n * tokens_at_once(t)
+        behind = token_bytes(t) * tokens_at_once(t)
     return stages_bytes(t) // _UNIT.value + -(-(behind + 16 * t.stages) // _UNIT.value)
 
 

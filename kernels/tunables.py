@@ -156,7 +156,7 @@ def _tiled_grid(m: int, tiles: dict[int, Any], least: int) -> Iterator[w4a16_til
     for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
         for block_n, warps, stages in tiles[block_m] if m >= least else ():
             yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
-        for stages in (3, 4) if least <= m <= 64 else ():
+        for stages in ((3, 4) if block_m <= 64 else (2, 3)) if m >= least and block_m <= 128 else ():
             yield w4a16_tiled.TiledConfig(block_m, 64, 1, 8, stages, slices=2)
 
 

@@ -78,6 +78,9 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 64, True, False, (72, 19200), (2048,), (300,)),
     (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 128, False, True, (19272,), (640,), (30, 300)),
     (TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True), "fp16", 128, True, True, (1000, 19200), (1024,), (150,)),
+    # slices besides: sums of all tokens at once, and in parts
+    (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True), "fp16", 128, True, True, (72, 19200), (1024,), (64, 150)),
+    (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), "bf16", 64, False, True, (19272,), (640,), (30, 300)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),

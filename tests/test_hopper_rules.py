@@ -84,6 +84,8 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int, bits: int) -> None:
         (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 2, 4 * 40 + 1),  # two slices a stage; mail is within
         (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 68 + 16 + 1),  # y of 128 tokens, of 256
         (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), 1, 3 * 72 + 8 + 1),  # and of 32
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True), 1, 4 * 40 + 34),  # 64 x (2 x 64 + 4) sums: 33 KiB
+        (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), 1, 3 * 72 + 9),  # 16 of 128 tokens: 8.25
         (TiledConfig(256, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), 1, 4 * 72 + 1),  # no room, of 225 KiB, for any
     ],
     ids=str,
