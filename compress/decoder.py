@@ -144,7 +144,7 @@ class Decoder:
     def _forward(self) -> Tensor:
         """One step from `tokens` at `positions`, which it advances."""
         model = self.model
-        # no PDL: the launch before may be a copy
+        # no PDL: the launch before may be a copy, and kernels behind this one read positions before they wait
         x, stream = self.ops.rms_norm(model.embedding, model.layers[0].norm_in, model.eps, ids=self.tokens)
         logits = self._fused_layers(x, stream) if self.fused else self._project(model.head, self._layers(x, stream))
         if not self.has_own_head():

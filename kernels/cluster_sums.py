@@ -35,6 +35,7 @@ from compress.kernels.tile_shape import (
     out_offset,
     rows_of,
     share_bytes,
+    stages_bytes,
     sum_layout,
     token_bytes,
 )
@@ -198,6 +199,7 @@ def add_slices(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
     ROW: gl.constexpr = token_bytes(T)
     SLICES: gl.constexpr = T.slices
     ACC: gl.constexpr = acc.type.layout
+    gl.static_assert(T.persistent or T.block_m * ROW <= stages_bytes(T) - BEGIN, "the stages of x do not hold the sums")
     token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
     rn = gl.arange(0, rows_of(T), gl.SliceLayout(1, ACC))
     gl.thread_barrier()  # other warps may still multiply from what the stages hold, or read sums of other tokens

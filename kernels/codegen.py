@@ -8,9 +8,10 @@ that a launch would run, and shows what ptxas says of it:
     shared         bytes a program
     mma            tensor-core instructions in the code
     serialized     ptxas put a wait behind every warpgroup MMA, and says why (C75xx)
+    overwritten    instructions that write registers which a running MMA may still use (`machine_code`)
 
-Serialized MMAs give right results, only later, and nothing else tells: so this is looked at before anything is timed.
-The status is 1 if there are any.
+Serialized MMAs give right results, only later, overwritten registers wrong ones now and then, and nothing else tells:
+so this is looked at before anything is timed. The status is 1 if there are any.
 
     python -m compress.kernels.codegen                                       # what rules and tables take
     python -m compress.kernels.codegen --all --schemes w8g128 --tokens 64,256 --out DIR      # what `tune` would try
@@ -32,7 +33,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from triton.runtime.jit import JITFunction
 from compress.arguments import numbers, run_command, shapes
 from compress.atomic import write_json
 from compress.errors import ConfigError, EnvironmentProblem
-from compress.kernels import common, dispatch, table_file
+from compress.kernels import common, dispatch, machine_code, table_file
 from compress.kernels.choose import hopper_problem
 from compress.kernels.common import Machine
 from compress.kernels.problem import Scheme
@@ -65,6 +66,7 @@ class Code:
     shared: int
     mma: int
     serialized: str | None
+    overwritten: list[str] = field(default_factory=list)
 
 
 class _NoGpu:
@@ -112,7 +114,11 @@ def compiling_for(machine: Machine) -> Iterator[list[Code]]:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if said.getvalue():
             mma = len(_MMA.findall(kernel.asm["ptx"]))
-            _codes[kernel.hash] = read_report(said.getvalue(), kernel.metadata.name, kernel.metadata.shared, mma)
+            code = read_report(said.getvalue(), kernel.metadata.name, kernel.metadata.shared, mma)
+            if "wgmma" in kernel.asm["ptx"]:  # the only ones that run on behind what follows them
+                sass = machine_code.disassemble(kernel.asm["cubin"])
+                code = replace(code, overwritten=machine_code.overwritten(machine_code.read(sass)))
+            _codes[kernel.hash] = code
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             found.append(_codes[kernel.hash])
@@ -266,14 +272,17 @@ def main(argv: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(max(1, min(args.processes, len(every)))) as pool:
         for task, codes in zip(every, pool.imap(compile_one, every), strict=True):
             rows += show(task, codes)
-    serialized = sum(bool(row.get("serialized")) for row in rows)
+    serialized, overwritten = (sum(bool(row.get(what)) for row in rows) for what in ("serialized", "overwritten"))
     failed = sum("problem" in row for row in rows)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "codegen.json", {"gpu": args.gpu, "triton": triton.__version__, "kernels": rows})
-    print(json.dumps({"kernels": len(rows), "serialized": serialized, "failed": failed}))
-    if serialized or failed:
-        sys.exit(f"{serialized} kernels have serialized MMAs, {failed} configurations do not compile")
+    print(json.dumps({"kernels": len(rows), "serialized": serialized, "overwritten": overwritten, "failed": failed}))
+    if serialized or overwritten or failed:
+        sys.exit(
+            f"{serialized} kernels have serialized MMAs, {overwritten} write registers of running ones, {failed} "
+            "configurations do not compile"
+        )
 
 
 def show(task: Task, codes: list[Code] | str) -> list[dict[str, Any]]:
@@ -288,6 +297,8 @@ def show(task: Task, codes: list[Code] | str) -> list[dict[str, Any]]:
         print(f"{code.registers:9} {code.spills:6} {code.shared:7} {code.mma:4}  {code.function} {what}", flush=True)
         if code.serialized:
             print(f"{'':9} SERIALIZED: {code.serialized}", flush=True)
+        for instruction in code.overwritten:
+            print(f"{'':9} OVERWRITTEN: {instruction}", flush=True)
     return [place | asdict(code) for code in codes]
 
 

@@ -192,7 +192,7 @@ def _attention_kernel(
     pair = b.to(tl.int64) * KV_HEADS + kv
     if PDL:
         gdc_launch_dependents()
-    # the last kernel of the step before advanced the positions: nothing to wait for
+    # the last kernel of the step before advanced the positions, and the first of this one waited for it to end (`pdl`)
     position = tl.load(positions_ptr + b)
     share = tl.cdiv(tl.cdiv(position, BLOCK_T), SPLITS) * BLOCK_T
     active = tl.maximum(tl.cdiv(position, tl.maximum(share, 1)), 1)

@@ -31,7 +31,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -237,7 +237,8 @@ def _search_once(product: Product) -> None:
 
 
 def as_config(choice: Choice | None, kernel: str, config_type: type[Config]) -> Config | None:
-    """The choice as `kernel`'s own configuration; None without one, or if it is another kernel's or version's."""
+    """The choice as `kernel`'s own configuration; None without one, or if it is another kernel's, or a later
+    version's."""
     if choice is None or choice.kernel != kernel:
         return None
     return _built(config_type, tuple(choice.config.items()))
@@ -245,8 +246,11 @@ def as_config(choice: Choice | None, kernel: str, config_type: type[Config]) -> 
 
 @lru_cache(maxsize=1024)
 def _built(config_type: type[Config], values: tuple[tuple[str, int], ...]) -> Config | None:
-    known = {field.name for field in fields(config_type)}
-    return config_type(**dict(values)) if known == {name for name, _ in values} else None
+    given = dict(values)
+    known = {field.name: field.default for field in fields(config_type)}
+    # a field that an entry is older than stands for what was before it
+    complete = all(name in given or default is not MISSING for name, default in known.items())
+    return config_type(**given) if complete and given.keys() <= known.keys() else None
 
 
 def search_enabled() -> bool:

@@ -6,7 +6,8 @@ waits before it ends, so that what is finished for one is finished for all that 
 next kernel in; with a wait in each, it may come first. A kernel without any of this takes part as it is: it starts when
 its predecessor has ended, and its successor starts when it has.
 
-Off for the first kernel of a step, which may follow a copy, and always under the interpreter.
+Off for the first kernel of a step, which may follow a copy, and always under the interpreter. So whatever a step wrote
+is there for all of the next, also before a wait: positions, which the head of a step counts up behind its own.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from compress.kernels.gluon_parts import (
 from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stages, ready_of
 from compress.kernels.tile_shape import (
     GROUP_N,
+    blocks_of,
     ctas_of,
     in_units,
     leaving_layout,
@@ -55,6 +56,8 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
     """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES, BLOCK_M, 64] in shared memory, and mbarriers
     int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves through. All of it is there
     for whoever runs behind this."""
+    gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
+                     "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
@@ -238,32 +241,18 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
     """A program's sums [ROWS, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
-    CLUSTERS: gl.constexpr = T.split // T.adders
-    pid = gl.program_id(0)
     if T.adders > 1:
         total, rm, rn = add_up(acc, rank, T)
-        if CLUSTERS > 1:
-            sums_ptr = workspace_ptr + (pid // CLUSTERS * (T.sharers * CLUSTERS) + pid % CLUSTERS).to(gl.int64) * (
-                BLOCK_M * BLOCK_N
-            )
-            tile = rn // BLOCK_N * (CLUSTERS * BLOCK_M * BLOCK_N)
-            gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(tile + rn % BLOCK_N, 0), total)
-        else:
-            _store_rows(out_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
+        _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
         depart()
     elif T.slices > 1:
         TOKENS: gl.constexpr = tokens_at_once(T)
         PARTS: gl.constexpr = BLOCK_M // TOKENS
         for part in gl.static_range(PARTS):
             total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
-            rm += part * TOKENS
-            if CLUSTERS > 1:
-                sums_ptr = workspace_ptr + pid.to(gl.int64) * (BLOCK_M * BLOCK_N)
-                gl.store(sums_ptr + gl.expand_dims(rm * BLOCK_N, 1) + gl.expand_dims(rn, 0), total)
-            else:
-                _store_rows(out_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
     elif T.split > 1:
-        sums_ptr = workspace_ptr + pid.to(gl.int64) * (BLOCK_M * BLOCK_N)
+        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(T))), 0)
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
@@ -275,14 +264,23 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
 
 
 @gluon.jit
-def _store_rows(out_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums [tokens, columns] and bias to y from token m0 and column n0 on."""
-    if T.has_bias:
-        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0)
-        total += gl.expand_dims(bias.to(gl.float32), 0)
-    mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
-    y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
-    gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
+def _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums [tokens, columns] of tokens rm and columns rn: where they are all of K, with bias to y from token m0 and
+    column n0 on; else to the workspace, for the tile of each sharer one cluster's or program's behind another's."""
+    BLOCK: gl.constexpr = T.block_m * T.block_n
+    CLUSTERS: gl.constexpr = T.split // T.adders
+    if CLUSTERS > 1:
+        pid = gl.program_id(0)
+        sums_ptr = workspace_ptr + (pid // CLUSTERS * (T.sharers * CLUSTERS) + pid % CLUSTERS).to(gl.int64) * BLOCK
+        tile = rn // T.block_n * (CLUSTERS * BLOCK)
+        gl.store(sums_ptr + gl.expand_dims(rm * T.block_n, 1) + gl.expand_dims(tile + rn % T.block_n, 0), total)
+    else:
+        if T.has_bias:
+            bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0)
+            total += gl.expand_dims(bias.to(gl.float32), 0)
+        mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
+        y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+        gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

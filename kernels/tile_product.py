@@ -146,8 +146,8 @@ def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, firs
 
 @gluon.jit
 def _filled_again(t, first, last, again, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the stage before stage t is one, and is filled another time, if anybody else is to be told. again: there
-    was a tile before this one."""
+    """Whether there is a stage before the t-th, and it is filled another time, if anybody else is to be told. again:
+    this is not a program's first tile of y."""
     live = (t > first) | again
     if T.sharers > 1:
         live = live & (t - 1 + T.stages < last)

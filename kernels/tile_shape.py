@@ -27,6 +27,8 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
+HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
+_LEAST_LEAVING = 16  # tokens of y at once
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
 # bytes on Hopper, which lets a program have 227 KiB: a unit is for mbarriers and another for what Triton hands over
 _FOR_STAGES_AND_Y: gl.constexpr = gl.constexpr(225 * 1024)
@@ -77,25 +79,27 @@ class TiledConfig:
         sums = self.adders > 1 or self.split_k == 1
         return self.sharers if self.producer and sums and self.slices == 1 and not self.persistent else 1
 
-    def within(self, tiles: int) -> TiledConfig:
+    def within(self, tiles: int, bits: int = 4) -> TiledConfig:
         """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor
-        persistent where K does not fill the stages."""
-        return self if self.unroll == 1 and not self.persistent else _within(self, tiles)
+        persistent where K does not fill the stages, or words of so many bits leave no room for y."""
+        return self if self.unroll == 1 and not self.persistent else _within(self, tiles, bits)
 
     def as_it_runs(self) -> TiledConfig:
         """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
-        producer, and unrolled ones where named barriers do not last for each warpgroup and stage."""
+        producer, and unrolled ones where named barriers do not last for each warpgroup and stage; persistent ones of
+        split tiles, or without room for y."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
-        found = replace(self, cluster=self.adders, sharers=self.shares_x, unroll=max(1, unroll), registers=registers)
-        return (
-            found
-            if self.producer and self.split_k == 1 and _has_room_for_y(found)
-            else replace(found, persistent=False)
-        )
+        whole = self.producer and self.split_k == 1 and self.leaving_tokens() >= _LEAST_LEAVING
+        found = replace(self, persistent=self.persistent and whole)
+        return replace(found, cluster=self.adders, sharers=found.shares_x, unroll=max(1, unroll), registers=registers)
+
+    def leaving_tokens(self, bits: int = 4) -> int:
+        """Tokens of y that leave at once."""
+        return _leaving_tokens(self, bits)
 
     def memory_bytes(self, bits: int = 4) -> int:
-        """Shared memory of stages, mail and mbarriers."""
+        """Shared memory of stages, mail or y, and mbarriers."""
         return _memory_bytes(self, bits)
 
 
@@ -226,7 +230,7 @@ def barrier_offset(t):  # type: ignore[no-untyped-def]
     return memory_units(t) * _UNIT.value - 16 * t.stages
 
 
-@cache  # all three: a launch asks for them, and what kernels share is slow to call
+@cache  # all of these: a launch asks for them, and what kernels share is slow to call
 def _adders(config: TiledConfig) -> int:
     """Where sums fit the stages of 4 bits, so that they do with more."""
     adders = min(config.cluster, config.split_k)
@@ -238,18 +242,17 @@ def _adders(config: TiledConfig) -> int:
 
 
 @cache
-def _has_room_for_y(config: TiledConfig) -> bool:
-    return int(tokens_at_once(Tile.of(replace(config, persistent=True)))) >= 16
+def _leaving_tokens(config: TiledConfig, bits: int) -> int:
+    return int(tokens_at_once(Tile.of(config, bits=bits)))
 
 
 @cache
-def _within(config: TiledConfig, tiles: int) -> TiledConfig:
+def _within(config: TiledConfig, tiles: int, bits: int) -> TiledConfig:
     runs = config.as_it_runs()
     stages = -(-tiles // config.slices)
-    return replace(
-        config, unroll=runs.unroll if stages % (config.split_k * runs.unroll) == 0 else 1,
-        persistent=runs.persistent and tiles >= config.stages,
-    )  # fmt: skip
+    if stages < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
+        runs = replace(config, persistent=False).as_it_runs()
+    return runs if stages % (config.split_k * runs.unroll) == 0 else replace(runs, unroll=1)
 
 
 @cache

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +162,9 @@ def _tiled_grid(m: int, tiles: dict[int, Any], least: int) -> Iterator[w4a16_til
             yield w4a16_tiled.TiledConfig(block_m, 64, 1, 8, stages, slices=2)
 
 
-def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> list[w4a16_tiled.TiledConfig]:
+def _tiled_splits(
+    m: int, n: int, k: int, config: w4a16_tiled.TiledConfig, bits: int = 4
+) -> list[w4a16_tiled.TiledConfig]:
     """All of it is compiled in: split_k and cluster decide how sums leave."""
     splits = [s for s in (2, 4, 8) if 4 * s <= k // GROUP and (s <= 4 or m <= 128)]
     shared = [(1, 1), *((s, c) for s in splits for c in (1, 2, 4, 8) if c <= s)]
@@ -169,7 +173,7 @@ def _tiled_splits(m: int, n: int, k: int, config: w4a16_tiled.TiledConfig) -> li
         found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
     found += [replace(c, unroll=u) for c in found if c.adders == c.split_k for u in _UNROLLS]
     found += [replace(c, persistent=True) for c in found if c.split_k == 1]
-    return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP))]
+    return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP), bits)]
 
 
 def _tiled_rule(m: int, weight: Any) -> w4a16_tiled.TiledConfig:
@@ -213,7 +217,8 @@ WNA16 = replace(
 
 TILED_BYTES = replace(
     WNA16, name="w8a16_tiled", config=w4a16_tiled.TiledConfig, bits=(8,), grid=lambda m: _tiled_grid(m, _BYTE_TILES, 1),
-    expand=_tiled_splits, default=_tiled_rule, n_multiple=8, k_multiple=8, fits=_tiled_fits, hopper=True,
+    expand=partial(_tiled_splits, bits=8), default=_tiled_rule, n_multiple=8, k_multiple=8, fits=_tiled_fits,
+    hopper=True,
 )  # fmt: skip
 
 
@@ -267,9 +272,17 @@ def in_words(config: Mapping[str, Any]) -> str:
 
 def specimens(config: Any, scheme: Scheme, k: int, n_sms: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Small weights [N, K] whose launches take every kernel of a configuration that larger ones do: of less than a wave
-    of programs, and of more, whose rest some kernels treat in a way of their own. A group of a whole row keeps K, which
-    is a constant of the code then."""
-    return (512, k), (2 * config.block_n * n_sms + 512, k if scheme.group is None else min(k, 1024))
+    of programs, and of more, whose rest some kernels treat in a way of their own. K is whole lines of stages, or
+    another kernel would run; in the larger weight where those are no more than 4096. A group of a whole row keeps K,
+    which is a constant of the code then."""
+    less = min(k, 1024)
+    if scheme.group is None:
+        less = k
+    elif isinstance(config, w4a16_tiled.TiledConfig):
+        line = GROUP * config.slices * config.split_k * config.unroll
+        k, whole = math.lcm(k, line), math.lcm(less, line)
+        less = whole if whole <= 4096 else less
+    return (512, k), (2 * config.block_n * n_sms + 512, less)
 
 
 def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:

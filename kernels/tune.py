@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 _CONTEXT_BYTES = 10**9  # of a process on the GPU, whatever it computes
 
+_DEPTH = 28672  # K of a specimen: whole lines of stages, of every split
 # kernel, configuration, M, dtype, scheme, K, only what is known, only what is named
 Task = tuple[str, Any, int, str, str, int, bool, bool]
 
@@ -70,7 +71,7 @@ def compile_tasks(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -
     """
     tasks: dict[tuple[Any, ...], Task] = {}
     for label, tunables in kernels.items():
-        depths = {4096} if Scheme.parse(label).group else {k for _, k in args.shapes}
+        depths = {_DEPTH} if Scheme.parse(label).group else {k for _, k in args.shapes}
         for tunable, dtype, k, m in itertools.product(tunables, args.dtypes, sorted(depths), sorted(args.ms)):
             named = [config for name, config in args.only if name == tunable.name]
             for config in named or ([] if args.only else tunable.grid(m)):
@@ -220,10 +221,12 @@ def check_named(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -> 
     if unused := sorted({name for name, _ in args.only} - tuned):
         raise ConfigError(f"--only {', '.join(unused)}: tuned here are {', '.join(sorted(tuned))}; see --kernels")
     for (name, config), scheme, (n, k) in itertools.product(args.only, args.schemes, args.shapes):
-        if isinstance(config, TiledConfig) and config.within(-(-k // 128)) != config:
+        if isinstance(config, TiledConfig) and config.within(-(-k // 128), scheme.bits) != config:
             raise ConfigError(
-                f"--only {name} with unroll {config.unroll} does not run so at {n}x{k} ({scheme.label}): each of "
-                f"{config.split_k} shares of its {-(-k // 128)} tiles of K must be a multiple of that"
+                f"--only {name} with unroll {config.unroll}, persistent {int(config.persistent)} does not run so at "
+                f"{n}x{k} ({scheme.label}): each of {config.split_k} shares of its {-(-k // 128)} tiles of K, "
+                f"{config.slices} a stage, must be a multiple of unroll stages; persistent programs need "
+                f"{config.stages} stages, and room for y"
             )
 
 

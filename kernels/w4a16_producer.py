@@ -16,6 +16,8 @@ consumers are the default partition: ptxas serializes the MMAs of a second one (
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_sharers
+from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.tile_parts import (
@@ -37,7 +40,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import Tile, TiledConfig, ctas_of
+from compress.kernels.tile_shape import HANDED_BYTES, Tile, TiledConfig, ctas_of
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.wna16_layout import PackedWeight
 
@@ -178,15 +181,25 @@ def max_registers(config: TiledConfig) -> int:
     return config.registers or min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
 
 
+@cache
+def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
+    """Programs that run at once, by shared memory and registers."""
+    # the machine keeps a kilobyte of each program's share; it has one more than it lets one have
+    used = config.memory_bytes(bits) + HANDED_BYTES + 1024
+    registers = 65536 // (32 * (config.warps + 4) * max_registers(config))
+    return n_sms * max(1, min((shared_bytes + 1024) // used, registers))
+
+
 def launch_producer(
     x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
     weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
-    n_tiles: int, config: TiledConfig, tile: Tile, at_once: int,
+    n_tiles: int, config: TiledConfig, tile: Tile,
 ) -> None:  # fmt: skip
-    """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller. at_once:
-    places for programs."""
+    """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
-    programs = min(n_tiles, at_once) if config.persistent else n_tiles * split // ctas
+    programs = n_tiles * split // ctas
+    if config.persistent:
+        programs = min(n_tiles, places(config, n_sms(y.device), shared_bytes(y.device), weight.bits))
     _producer_kernel[(programs,)](
         x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
         first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas,

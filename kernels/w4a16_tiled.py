@@ -64,12 +64,10 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig, tokens_at_once
+from compress.kernels.tile_shape import GROUP_N, HANDED_BYTES, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_producer import launch_producer, producers_by_registers
+from compress.kernels.w4a16_producer import launch_producer, places
 from compress.kernels.wna16_layout import PackedWeight
-
-HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
@@ -143,7 +141,7 @@ def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
     if m > 64 or split is None or tiles < 8 * split:
         return None
     block_m = max(16, 1 << (m - 1).bit_length())
-    unroll = next(u for u in (4, 2, 1) if -(-tiles // 2) % (split * u) == 0)
+    unroll = next((u for u in (4, 2) if -(-tiles // 2) % (split * u) == 0), 1)
     return TiledConfig(block_m, 64, split, 8, 4, cluster=split, producer=True, unroll=unroll, slices=2)
 
 
@@ -169,11 +167,8 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)
     config = replace(config, split_k=split, cluster=split)
-    # the machine keeps a kilobyte of each program's share; it has one more than it lets one have
-    places = n_sms * min(
-        (shared_bytes + 1024) // (config.memory_bytes(bits) + HANDED_BYTES + 1024), producers_by_registers(config)
-    )
-    return config if split == 2 or rest * split <= 0.8 * places else replace(config, cluster=1)
+    fits = split == 2 or rest * split <= 0.8 * places(config, n_sms, shared_bytes, bits)
+    return config if fits else replace(config, cluster=1)
 
 
 def launch(
@@ -184,7 +179,7 @@ def launch(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if -(-n // config.block_n) % config.sharers:
         config = replace(config, sharers=1)  # the last tile of N has no neighbour
-    config = config.within(weight.words.shape[0])
+    config = config.within(weight.words.shape[0], weight.bits)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
     if split == 1:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
@@ -224,12 +219,9 @@ def _launch_tiles(
         has_zero=weight.zero is not None, has_bias=bias is not None, even_n=n % config.block_n == 0, pdl=pdl,
         before_tail=before_tail, is_tail=is_tail,
     )  # fmt: skip
-    out_desc = TensorDescriptor(y, [m, n], [n, 1], [int(tokens_at_once(tile)), config.block_n], wide)
+    out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.leaving_tokens(bits), config.block_n], wide)
     if config.producer:
-        launch_producer(
-            x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile,
-            slots(config, n_sms(x.device), shared_bytes(x.device), bits),
-        )  # fmt: skip
+        launch_producer(x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile)
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,

@@ -20,6 +20,7 @@ from compress.errors import ConfigError, EnvironmentProblem
 from compress.kernels import dispatch, table_file, tunables, w4a16, w8a8, wna16
 from compress.kernels.dispatch import Choice, Entry, Key, lookup, m_bucket, nearest
 from compress.kernels.problem import Scheme
+from compress.kernels.tile_shape import TiledConfig
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +148,16 @@ def test_choose_keeps_answers_until_a_table_changes(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_choice_of_another_kernel_or_version_is_no_configuration() -> None:
-    """Oracle: the dataclass built by hand; None, not an error, for fields that this version does not have."""
+    """Oracle: the dataclass built by hand; None, not an error, for fields that this version does not have, or for want
+    of one that has no default."""
     assert dispatch.as_config(Choice("w4a16", CONFIG), "w4a16", w4a16.Config) == w4a16.Config(**CONFIG)
     assert dispatch.as_config(Choice("decode", CONFIG), "w4a16", w4a16.Config) is None
     assert dispatch.as_config(Choice("w4a16", CONFIG | {"clusters": 2}), "w4a16", w4a16.Config) is None
     assert dispatch.as_config(Choice("w4a16", {"block_m": 16}), "w4a16", w4a16.Config) is None
     assert dispatch.as_config(None, "w4a16", w4a16.Config) is None
+    older = {"block_m": 64, "block_n": 64, "split_k": 4, "warps": 4, "stages": 3, "cluster": 4, "producer": True}
+    found = dispatch.as_config(Choice("w4a16_tiled", older), "w4a16_tiled", TiledConfig)
+    assert found == TiledConfig(64, 64, 4, 4, 3, 4, True)  # fields that came later are as before
 
 
 # -- files ------------------------------------------------------------------------------------------------

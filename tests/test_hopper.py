@@ -78,8 +78,17 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 64, True, False, (72, 19200), (2048,), (300,)),
     (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 128, False, True, (19272,), (640,), (30, 300)),
     (TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True), "fp16", 128, True, True, (1000, 19200), (1024,), (150,)),
-    # slices besides: sums of all tokens at once, and in parts
-    (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True), "fp16", 128, True, True, (72, 19200), (1024,), (64, 150)),
+    # slices besides: sums of all tokens at once, and in parts; K that does not fill the stages is not persistent
+    (
+        TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True),
+        "fp16",
+        128,
+        True,
+        True,
+        (19200,),
+        (640, 1024),
+        (64, 150),
+    ),
     (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), "bf16", 64, False, True, (19272,), (640,), (30, 300)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
@@ -182,6 +191,10 @@ def test_a_misaligned_x_is_computed_all_the_same() -> None:
 SIDE = 2048
 # what the H100's table takes at 2048 x 2048 for few tokens, and a cluster
 DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4, 4)
+SLICES_2048 = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
+# at 1024 tokens 512 tiles for 264 or 132 programs
+ROUNDS_2048 = TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True)
+SLICES_IN_ROUNDS = TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +242,9 @@ def memset_ones(t: torch.Tensor) -> None:
 
 
 @pytest.mark.gpu("hopper")
-@pytest.mark.parametrize(("config", "m"), [(DECODE_2048, 8), (TILED_2048, 4096)], ids=["decode", "tiled"])
+@pytest.mark.parametrize(
+    ("config", "m"), [(DECODE_2048, 8), (TILED_2048, 4096), (SLICES_2048, 64), (ROUNDS_2048, 1024)]
+)
 def test_kernels_wait_for_copies_and_memsets(
     square: tuple[w4a16.KernelWeight, torch.Tensor], config: Any, m: int
 ) -> None:
@@ -280,15 +295,20 @@ def chain(x: torch.Tensor, weight: w4a16.KernelWeight, configs: list[Any], kept:
 
 @pytest.mark.gpu("hopper")
 @pytest.mark.parametrize(
-    "configs", [[DECODE_2048], [TILED_2048], [DECODE_2048, TILED_2048]], ids=["decode", "tiled split", "in turns"]
-)
+    ("configs", "m"),
+    [
+        ([DECODE_2048], 8), ([TILED_2048], 8), ([DECODE_2048, TILED_2048], 8), ([SLICES_2048], 30),
+        ([SLICES_2048, TILED_2048], 30), ([ROUNDS_2048], 1024), ([SLICES_IN_ROUNDS, ROUNDS_2048], 1024),
+    ],
+    ids=["decode", "tiled split", "in turns", "slices", "slices in turns", "rounds", "slices in rounds"],
+)  # fmt: skip
 def test_each_of_200_products_reads_the_whole_one_before(
-    square: tuple[w4a16.KernelWeight, torch.Tensor], configs: list[Any]
+    square: tuple[w4a16.KernelWeight, torch.Tensor], configs: list[Any], m: int
 ) -> None:
     """Oracles: each y against float64 from the y before it; a replay of all 200, poisoned first, against those bits,
     once with every y in memory of its own and once with the memory used again and again."""
     weight, dense = square
-    x, sequence = activations(8, 5), list(itertools.islice(itertools.cycle(configs), 200))
+    x, sequence = activations(m, 5), list(itertools.islice(itertools.cycle(configs), 200))
     eager: list[torch.Tensor] = []
     chain(x, weight, sequence, eager)
     for before, after in itertools.pairwise([x, *eager]):

@@ -19,7 +19,17 @@ if not torch.cuda.is_available():
 
 from test_kernels import problem
 
-from compress.kernels import choose, common, dispatch, tile_shape, tunables, w4a16, w4a16_decode, w4a16_tiled
+from compress.kernels import (
+    choose,
+    common,
+    dispatch,
+    table_file,
+    tile_shape,
+    tunables,
+    w4a16,
+    w4a16_decode,
+    w4a16_tiled,
+)
 from compress.kernels.choose import hopper_takes
 from compress.kernels.dispatch import Choice
 from compress.kernels.problem import Scheme
@@ -31,7 +41,7 @@ H100_SHARED = 232448  # bytes a block may use: 227 KiB
 # -- rules ------------------------------------------------------------------------------------------------
 
 NS = (8, 512, 4096, 4104, 6144, 12288, 12296, 28672, 57344)
-KS = (128, 1024, 4096, 8192, 14336)
+KS = (128, 1024, 2304, 4096, 8192, 11008, 14336)  # 2304, 11008: an odd number of stages of two tiles
 
 
 @pytest.mark.parametrize("m", range(1, 17))
@@ -384,6 +394,9 @@ def test_a_tiled_thread_holds_bytes_as_wgmma_reads_them(rows: int, warps: int) -
         (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 2), 112, 2),  # 8 shares of 14
         (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 4), 112, 1),
         (TiledConfig(64, 64, 4, 4, 3, 4, False, 1, 4), 32, 1),  # nobody relays
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 32, 4),  # 2 shares of 8 stages of two tiles
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 40, 1),  # of 10
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 33, 1),  # 17 stages
         (TiledConfig(16, 64, 1, 4, 8, 1, True, 1, 2), 32, 2),  # 8 named barriers
         (TiledConfig(16, 64, 1, 4, 9, 1, True, 1, 2), 32, 1),
         (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 2), 32, 2),  # one for each warpgroup and stage
@@ -394,7 +407,56 @@ def test_what_is_unrolled(config: TiledConfig, tiles: int, unroll: int) -> None:
     """Oracle: by hand: every program's share of K is a multiple of `unroll` tiles, and the hardware has 16 named
     barriers, half of which are left to Triton."""
     assert config.within(tiles) == replace(config, unroll=unroll)
-    assert all(config.within(t).unroll == 1 or t % (config.split_k * config.unroll) == 0 for t in range(1, 200))
+    lines = config.split_k * config.unroll
+    assert all(config.within(t).unroll == 1 or -(-t // config.slices) % lines == 0 for t in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles", "bits", "expected"),
+    [
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 1, 1, 0, True), 3, 4, True),
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 1, 1, 0, True), 2, 4, False),  # three stages
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 7, 4, True),  # four of two tiles, the last half empty
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 6, 4, False),
+        (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), 32, 4, False),  # a share of a tile is no whole one
+        (TiledConfig(256, 64, 1, 4, 3, 1, False, 1, 1, 1, 0, True), 32, 4, False),  # nobody else copies
+        (
+            TiledConfig(64, 128, 1, 4, 7, 1, True, 1, 1, 1, 0, True),
+            32,
+            4,
+            True,
+        ),  # 7 x (8 + 16) of 225 KiB, and 16 for y
+        (TiledConfig(64, 128, 1, 4, 7, 1, True, 1, 1, 1, 0, True), 32, 8, False),  # 7 x (16 + 16) = 224
+    ],
+)
+def test_what_is_persistent(config: TiledConfig, tiles: int, bits: int, expected: bool) -> None:
+    """Oracle: by hand: tiles of K fill the stages, and stages leave room for 16 tokens of y."""
+    assert config.within(tiles, bits) == replace(config, persistent=expected)
+
+
+def test_shipped_tiles_run_as_they_are_named_and_compile_as_they_run() -> None:
+    """Oracle: `as_it_runs` and `within` at the K of an entry, and the kernel that its specimens launch: the same lines
+    of stages, persistent or not."""
+    table = table_file.load("H100", "3.6")
+    tiled = [(key, dispatch.as_config(entry.choice, "w4a16_tiled", TiledConfig)) for key, entry in table.items()]
+    found = [(key, config) for key, config in tiled if config is not None]
+    assert len(found) > 100
+    for key, config in found:
+        tiles = key.k // 128
+        assert config == config.as_it_runs().within(tiles)
+        bits, group, symmetric, int8 = dispatch.parse_scheme(key.scheme, key.k)
+        scheme = Scheme(bits, group if group < key.k else None, symmetric, int8)
+        (_, k), _ = tunables.specimens(config, scheme, key.k if scheme.group is None else 1024, 132)
+        assert config.within(k // 128) == config
+
+
+def test_x_is_shared_by_what_is_not_persistent_after_all() -> None:
+    """Oracle: by hand: four stages of 72 KiB leave no room for y, so the program is not persistent and shares x; with
+    three it is, and does not."""
+    config = TiledConfig(256, 128, 1, 8, 4, 1, True, 2, 1, 1, 0, True)
+    assert config.as_it_runs() == config.within(32) == replace(config, persistent=False) and config.within(32).ctas == 2
+    config = replace(config, stages=3)
+    assert config.as_it_runs() == config.within(32) == replace(config, sharers=1)
 
 
 def test_a_configuration_is_named_as_it_runs() -> None:

@@ -270,7 +270,7 @@ def test_kernels_are_compiled_once_for_all_sizes() -> None:
     args = tune.parse(["--shapes", "256x256,512x512", "--tokens", "8,1,4"])
     tasks = tune.compile_tasks({"w4g128": [decode]}, args)
     assert {t[1] for t in tasks} == set(grid) and len(tasks) == len(grid) and {t[2] for t in tasks} == {1}
-    assert {t[5] for t in tasks} == {4096}
+    assert {t[5] for t in tasks} == {28672}
     assert {t[5] for t in tune.compile_tasks({"w4-channel": [decode]}, args)} == {256, 512}
     args = tune.parse(["--tokens", "1", "--dtype", "float16,bfloat16"])
     assert len(tune.compile_tasks({"w4g128": [decode], "w4g64": [decode]}, args)) == 4 * len(grid)
@@ -447,7 +447,7 @@ def test_what_is_named_must_be_a_configuration(
     [
         (["--only", NAMED[0]], "--only w4a16: tuned here are w4a16_tiled; see --kernels"),
         (["--only", "w4a16_tiled:64,128,8,4,3,2,1,1,4", "--shapes", "4096x4096,4096x14336"],
-         "unroll 4 does not run so at 4096x14336 (w4g128): each of 8 shares of its 112 tiles"),
+         "unroll 4, persistent 0 does not run so at 4096x14336 (w4g128): each of 8 shares of its 112 tiles"),
         (["--only", "w4a16_tiled:64,64,4,4,3,4,1,1,2", "--shapes", "4096x4096,4096x14336"], None),
     ],
 )  # fmt: skip
