@@ -251,7 +251,7 @@ def configuration(x: Tensor, weight: KernelWeight) -> Any:
     if decode is not None and m <= decode.block_m and k % TILE_K.value == 0:
         return decode
     tiled = dispatch.as_config(choice, "w4a16_tiled", w4a16_tiled.TiledConfig)
-    if tiled is not None:
+    if tiled is not None and w4a16_tiled.suits(tiled, m, n, common.n_sms(x.device)):
         return tiled
     if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
         return w4a16_decode.choose_config(m, n, k)

@@ -132,12 +132,23 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> 
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
+_LEAST_BUSY = 0.6  # of the multiprocessors, in the waves of programs that take one each
+
+
+def suits(config: TiledConfig, m: int, n: int, n_sms: int) -> bool:
+    """Whether a configuration, of another N maybe, is for this one: one of slices has one program to each
+    multiprocessor, and a few programs more than those are another wave."""
+    programs = -(-n // config.block_n) * -(-m // config.block_m) * config.split_k
+    waves = -(-programs // n_sms)
+    return config.slices == 1 or config.persistent or waves == 1 or programs >= _LEAST_BUSY * waves * n_sms
+
+
 def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
     """Of few tokens and tiles: one program a multiprocessor, of two slices, K split in two or not; None where that
     leaves more than two multiprocessors of five idle. Smaller programs that fit twice or three times are not spread
     evenly: some multiprocessors get three, others one."""
     programs = -(-n // 64)
-    split = next((s for s in (2, 1) if 0.6 * n_sms <= s * programs <= n_sms), None)
+    split = next((s for s in (2, 1) if _LEAST_BUSY * n_sms <= s * programs <= n_sms), None)
     if m > 64 or split is None or tiles < 8 * split:
         return None
     block_m = max(16, 1 << (m - 1).bit_length())

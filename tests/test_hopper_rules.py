@@ -267,6 +267,20 @@ def test_the_table_decides_within_what_its_kernel_can(
 
 
 @pytest.mark.parametrize(
+    ("n", "m", "taken"),
+    [(4096, 64, True), (4224, 64, True), (4352, 64, False), (4992, 64, False), (5120, 64, True), (4096, 65, True)],
+)
+def test_slices_of_another_shape_are_taken_where_they_fill_the_machine(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, n: int, m: int, taken: bool
+) -> None:
+    """Oracle: by hand, of 132 multiprocessors: two shares of 64 tiles of rows are 128 programs and of 66 132; of 68 and
+    78 136 and 156, less than three fifths of two waves, of 80 160, and 256 of two tiles of tokens."""
+    gpu.answer = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
+    monkeypatch.setitem(NAMES, gpu.answer, "w4a16_tiled")
+    assert gpu.configuration(m, n) == (gpu.answer if taken else rule(w4a16_tiled, m, n, 4096))
+
+
+@pytest.mark.parametrize(
     "case",
     [{"n": 4100}, {"k": 1004, "group": 1024}, {"group": 96, "k": 960}, {"group": 160, "k": 960}, {"x_at": 8},
      {"words_at": 8}],
