@@ -1,0 +1,209 @@
+"""`TiledConfig` and `Tile`: what a configuration runs as, its shared memory, and layouts of registers, none of which
+needs a GPU. Layouts of the decode kernel are beside them.
+
+`test_hopper` has what the kernels compute, `test_hopper_rules` which configuration a shape takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
+
+from compress.kernels import dispatch, table_file, tile_shape, tunables, w4a16_decode
+from compress.kernels.problem import Scheme
+from compress.kernels.tile_shape import TiledConfig
+
+# -- what a configuration runs as ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "ctas", "expected"),
+    [
+        (TiledConfig(64, 64, 4, 4, 3), 1, 3 * 20 + 1),  # KiB: words 64 x 64 bytes and x 64 x 256 a stage; mbarriers
+        (TiledConfig(64, 64, 4, 4, 3, 4), 4, 3 * 20 + 13),  # and mail 3 x 16 tokens x (64 + 4) sums: 12.75
+        (TiledConfig(16, 128, 8, 4, 3, 8), 8, 3 * 12 + 8),  # 7 x 2 x (128 + 4) sums and 8 bytes: 7.2
+        (TiledConfig(256, 128, 2, 8, 3, 2), 2, 3 * 72 + 1),
+        (TiledConfig(256, 128, 2, 8, 2, 2), 1, 2 * 72 + 1),  # 3 x 128 x 132 sums are more than two stages
+        (TiledConfig(64, 64, 1, 4, 3, 4), 1, 3 * 20 + 1),  # nothing is split
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 2, 4 * 40 + 1),  # two slices a stage; mail is within
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 68 + 16 + 1),  # y of 128 tokens, of 256
+        (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), 1, 3 * 72 + 8 + 1),  # and of 32
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True), 1, 4 * 40 + 34),  # 64 x (2 x 64 + 4) sums: 33 KiB
+        (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), 1, 3 * 72 + 9),  # 16 of 128 tokens: 8.25
+        (TiledConfig(256, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), 1, 4 * 72 + 1),  # no room, of 225 KiB, for any
+    ],
+    ids=str,
+)
+def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> None:
+    """Oracle: stages, and mail with mbarriers rounded up to a KiB, by hand."""
+    assert (config.ctas, config.memory_bytes()) == (ctas, expected * 1024)
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles", "unroll"),
+    [
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 4), 32, 4),  # 4 shares of 8 tiles
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 4), 40, 1),  # of 10
+        (TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 2), 40, 2),
+        (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 2), 112, 2),  # 8 shares of 14
+        (TiledConfig(64, 128, 8, 4, 3, 2, True, 1, 4), 112, 1),
+        (TiledConfig(64, 64, 4, 4, 3, 4, False, 1, 4), 32, 1),  # nobody relays
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 32, 4),  # 2 shares of 8 stages of two tiles
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 40, 1),  # of 10
+        (TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2), 33, 1),  # 17 stages
+        (TiledConfig(16, 64, 1, 4, 8, 1, True, 1, 2), 32, 2),  # 8 named barriers
+        (TiledConfig(16, 64, 1, 4, 9, 1, True, 1, 2), 32, 1),
+        (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 2), 32, 2),  # one for each warpgroup and stage
+        (TiledConfig(64, 128, 1, 8, 5, 1, True, 1, 2), 32, 1),
+    ],
+)
+def test_what_is_unrolled(config: TiledConfig, tiles: int, unroll: int) -> None:
+    """Oracle: by hand: every program's share of K is a multiple of `unroll` tiles, and the hardware has 16 named
+    barriers, half of which are left to Triton."""
+    assert config.within(tiles) == replace(config, unroll=unroll)
+    lines = config.split_k * config.unroll
+    assert all(config.within(t).unroll == 1 or -(-t // config.slices) % lines == 0 for t in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles", "bits", "expected"),
+    [
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 1, 1, 0, True), 3, 4, True),
+        (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 1, 1, 0, True), 2, 4, False),  # three stages
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 7, 4, True),  # four of two tiles, the last half empty
+        (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 6, 4, False),
+        (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), 32, 4, False),  # a share of a tile is no whole one
+        (TiledConfig(256, 64, 1, 4, 3, 1, False, 1, 1, 1, 0, True), 32, 4, False),  # nobody else copies
+        (
+            TiledConfig(64, 128, 1, 4, 7, 1, True, 1, 1, 1, 0, True),
+            32,
+            4,
+            True,
+        ),  # 7 x (8 + 16) of 225 KiB, and 16 for y
+        (TiledConfig(64, 128, 1, 4, 7, 1, True, 1, 1, 1, 0, True), 32, 8, False),  # 7 x (16 + 16) = 224
+    ],
+)
+def test_what_is_persistent(config: TiledConfig, tiles: int, bits: int, expected: bool) -> None:
+    """Oracle: by hand: tiles of K fill the stages, and stages leave room for 16 tokens of y."""
+    assert config.within(tiles, bits) == replace(config, persistent=expected)
+
+
+def test_shipped_tiles_run_as_they_are_named_and_compile_as_they_run() -> None:
+    """Oracle: `as_it_runs` and `within` at the K of an entry, and the kernel that its specimens launch: the same lines
+    of stages, persistent or not."""
+    table = table_file.load("H100", "3.6")
+    tiled = [(key, dispatch.as_config(entry.choice, "w4a16_tiled", TiledConfig)) for key, entry in table.items()]
+    found = [(key, config) for key, config in tiled if config is not None]
+    assert len(found) > 100
+    for key, config in found:
+        tiles = key.k // 128
+        assert config == config.as_it_runs().within(tiles)
+        bits, group, symmetric, int8 = dispatch.parse_scheme(key.scheme, key.k)
+        scheme = Scheme(bits, group if group < key.k else None, symmetric, int8)
+        (_, k), _ = tunables.specimens(config, scheme, key.k if scheme.group is None else 1024, 132)
+        assert config.within(k // 128) == config
+
+
+def test_x_is_shared_by_what_is_not_persistent_after_all() -> None:
+    """Oracle: by hand: four stages of 72 KiB leave no room for y, so the program is not persistent and shares x; with
+    three it is, and does not."""
+    config = TiledConfig(256, 128, 1, 8, 4, 1, True, 2, 1, 1, 0, True)
+    assert config.as_it_runs() == config.within(32) == replace(config, persistent=False) and config.within(32).ctas == 2
+    config = replace(config, stages=3)
+    assert config.as_it_runs() == config.within(32) == replace(config, sharers=1)
+
+
+def test_a_configuration_is_named_as_it_runs() -> None:
+    """Oracle: by hand: x is shared, and tiles are unrolled, with a producer only; the sums of 8 programs, 8 tokens of
+    260 numbers each, are 66,560 bytes, and two stages hold 65,536."""
+    assert TiledConfig(64, 64, 4, 4, 3, 4, False, 2, 4).as_it_runs() == TiledConfig(64, 64, 4, 4, 3, 4)
+    assert TiledConfig(64, 64, 4, 4, 3, 4, True, 2, 4).as_it_runs() == TiledConfig(64, 64, 4, 4, 3, 4, True, 2, 4)
+    assert TiledConfig(64, 64, 4, 4, 3, 4, True, 1, 0).as_it_runs().unroll == 1
+    crowded = TiledConfig(64, 256, 8, 8, 2, 8, True)
+    assert crowded.as_it_runs() == replace(crowded, cluster=1)
+
+
+# -- layouts ----------------------------------------------------------------------------------------------
+
+
+def placement(layout: Any) -> dict[tuple[int, ...], tuple[int, int, int]]:
+    """Element -> (register, lane, warp) of a DistributedLinearLayout: the sum mod 2 of the bases at an index's ones."""
+
+    def at(bases: list[list[int]], index: int) -> tuple[int, ...]:
+        place = (0,) * len(layout.shape)
+        for bit, base in enumerate(bases):
+            if index >> bit & 1:
+                place = tuple(a ^ b for a, b in zip(place, base, strict=True))
+        return place
+
+    sets = [layout.reg_bases, layout.lane_bases, layout.warp_bases]
+    parts = [[at(bases, i) for i in range(1 << len(bases))] for bases in sets]
+    holders = {}
+    for (reg, a), (lane, b), (warp, c) in itertools.product(*(enumerate(part) for part in parts)):
+        holders[tuple(i ^ j ^ k for i, j, k in zip(a, b, c, strict=True))] = (reg, lane, warp)
+    assert len(holders) == len(parts[0]) * len(parts[1]) * len(parts[2]), "an element has two holders"
+    return holders
+
+
+def elements(shape: list[int]) -> set[tuple[int, ...]]:
+    return set(itertools.product(*(range(size) for size in shape)))
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("rows", [16, 32, 128])
+def test_a_decode_thread_holds_8_neighbouring_words_of_a_row(warps: int, rows: int) -> None:
+    """Oracle: the docstring: lane 4 r + q has words 8 q .. 8 q + 7 of rows r and r + 8, of every 16 rows; each element
+    has one holder. A row of the array is two of W, 32 words each."""
+    layout = w4a16_decode._words_layout(warps, rows)
+    holders = placement(layout)
+    assert layout.shape == [warps, rows // 2, 64] and set(holders) == elements(layout.shape)
+    for (tile, pair, column), (register, lane, warp) in holders.items():
+        row, word = 2 * pair + column // 32, column % 32
+        assert (warp, lane) == (tile, row % 8 * 4 + word // 8)
+        assert register == row // 8 * 8 + word % 8
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_a_decode_thread_holds_the_inputs_that_its_words_meet(warps: int, tokens: int) -> None:
+    """Oracle: the docstring: lane 4 r + q has inputs 8 q .. 8 q + 7 of the four slices of tokens r and r + 8, as the
+    lane's words are words 8 q .. 8 q + 7; each element has one holder."""
+    layout = w4a16_decode._x_layout(warps, tokens)
+    holders = placement(layout)
+    assert layout.shape == [warps, 4, tokens, 16] and set(holders) == elements(layout.shape)  # pairs of inputs
+    for (tile, part, token, pair), (register, lane, warp) in holders.items():
+        assert (warp, lane) == (tile, token % 8 * 4 + pair // 4)
+        assert register == token // 8 * 16 + part * 4 + pair % 4
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 4), (128, 8), (256, 8)])
+def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -> None:
+    """Oracle: PTX ISA, wgmma.m64nNk16: of 16 columns, lane 4 r + q of warp w holds 2 q, 2 q + 1 and those 8 further, of
+    rows 16 w + r and 16 w + r + 8; here 32 words side by side, and 16 warps rows later the same again."""
+    layout = tile_shape.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1))
+    holders = placement(layout)
+    assert layout.shape == [rows // 2, 64] and set(holders) == elements(layout.shape)
+    for (pair, column), (register, lane, warp) in holders.items():
+        row, word = 2 * pair + column // 32, column % 32
+        assert warp == row // 16 % warps
+        assert lane == row % 8 * 4 + word % 8 // 2
+        assert register == row // (16 * warps) * 16 + word // 8 * 4 + row % 16 // 8 * 2 + word % 2
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 4), (128, 8)])
+def test_a_tiled_thread_holds_bytes_as_wgmma_reads_them(rows: int, warps: int) -> None:
+    """Oracle: as above, of 64 words side by side."""
+    layout = tile_shape.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1, bits=8))
+    holders = placement(layout)
+    assert layout.shape == [rows, 64] and set(holders) == elements(layout.shape)
+    for (row, word), (register, lane, warp) in holders.items():
+        assert (warp, lane) == (row // 16 % warps, row % 8 * 4 + word % 8 // 2)
+        assert register == row // (16 * warps) * 32 + word // 8 * 4 + row % 16 // 8 * 2 + word % 2
