@@ -33,7 +33,6 @@ from compress.kernels.tile_shape import (
     mail_barrier_offset,
     mail_offset,
     out_offset,
-    rows_of,
     share_bytes,
     stages_bytes,
     sum_layout,
@@ -107,6 +106,15 @@ def _store(offset, value):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _lay_out(acc, BEGIN: gl.constexpr, ROW: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Write sums acc [ROWS, tokens] to the program's own shared memory from BEGIN on, a token in ROW bytes."""
+    ACC: gl.constexpr = acc.type.layout
+    token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    rn = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    _store(BEGIN + gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
+
+
+@gluon.jit
 def _send(rank, first, step, split, share, mbarrier, mail):  # type: ignore[no-untyped-def]
     """Copy share t of this program's sums to the t-th of those that add up, number first + t step of the cluster, there
     behind `mail` and the mail of those before this one, the rank-th; thread t does. What was stored is visible to
@@ -161,16 +169,13 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     ROW: gl.constexpr = SHARE // TOKENS
     MAIL: gl.constexpr = mail_offset(T)
     MBARRIER: gl.constexpr = mail_barrier_offset(T)
-    ACC: gl.constexpr = acc.type.layout
     wait_for_sharers(T)
     share = rank // SHARERS
     gl.thread_barrier()  # other warps may have been reading what the stages held
     if ADDERS == 2:
         _open_mailbox(MBARRIER, SHARE)
         _arrive()
-    token = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
-    rn = gl.arange(0, rows_of(T), gl.SliceLayout(1, ACC))
-    _store(gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
+    _lay_out(acc, 0, ROW)
     fence_async_shared()
     gl.thread_barrier()
     if ADDERS == 2 or SHARERS == 1:
@@ -198,12 +203,9 @@ def add_slices(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
     BEGIN: gl.constexpr = out_offset(T)
     ROW: gl.constexpr = token_bytes(T)
     SLICES: gl.constexpr = T.slices
-    ACC: gl.constexpr = acc.type.layout
     gl.static_assert(T.persistent or T.block_m * ROW <= stages_bytes(T) - BEGIN, "the stages of x do not hold the sums")
-    token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
-    rn = gl.arange(0, rows_of(T), gl.SliceLayout(1, ACC))
     gl.thread_barrier()  # other warps may still multiply from what the stages hold, or read sums of other tokens
-    _store(BEGIN + gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
+    _lay_out(acc, BEGIN, ROW)
     gl.thread_barrier()
     L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, acc.shape[1], gl.SliceLayout(1, L))

@@ -24,6 +24,7 @@ _REGISTER = re.compile(r"R(\d+)")
 _PREDICATE = re.compile(r"!?U?P[0-9T]")
 _TARGET = re.compile(r"0x([0-9a-f]+)$")
 _WAIT = re.compile(r"gsb0, 0x([0-9a-f]+)")
+_MMAS = ("HGMMA", "IGMMA", "QGMMA")
 # whose first operand is one that they read
 _WRITE_NONE = ("ST", "RED", "BAR", "BRA", "UTMA", "SYNCS", "MEMBAR", "R2UR", "R2P", "CCTL", "WARPSYNC", "NANOSLEEP")
 _MOST_STATES = 200_000
@@ -42,7 +43,7 @@ class Instruction:
 
     @property
     def is_mma(self) -> bool:
-        return self.opcode.startswith(("HGMMA", "IGMMA", "QGMMA"))
+        return self.opcode.startswith(_MMAS)
 
 
 class Running(NamedTuple):
@@ -89,7 +90,7 @@ def read(sass: str) -> list[Instruction]:
     found = []
     for match in filter(None, map(_LINE.match, sass.splitlines())):
         address, predicate, opcode, operands = match.groups()
-        registers = _used(opcode, operands) if "GMMA" in opcode else _written(opcode, operands)
+        registers = _used(opcode, operands) if opcode.startswith(_MMAS) else _written(opcode, operands)
         found.append(Instruction(int(address, 16), opcode, operands, predicate not in (None, "PT"), registers))
     return found
 

@@ -27,7 +27,7 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
-HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
+_HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
 # bytes on Hopper, which lets a program have 227 KiB: a unit is for mbarriers and another for what Triton hands over
@@ -101,6 +101,10 @@ class TiledConfig:
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail or y, and mbarriers."""
         return _memory_bytes(self, bits)
+
+    def program_bytes(self, bits: int = 4) -> int:
+        """Shared memory of all that a program has."""
+        return self.memory_bytes(bits) + _HANDED_BYTES
 
 
 @dataclass(frozen=True)

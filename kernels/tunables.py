@@ -182,8 +182,7 @@ def _tiled_rule(m: int, weight: Any) -> w4a16_tiled.TiledConfig:
 
 
 def _tiled_fits(weight: Any, config: w4a16_tiled.TiledConfig) -> bool:
-    used = config.memory_bytes(weight.bits) + w4a16_tiled.HANDED_BYTES
-    return used <= shared_bytes(weight.words.device)
+    return config.program_bytes(weight.bits) <= shared_bytes(weight.words.device)
 
 
 TILED = replace(

@@ -40,7 +40,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import HANDED_BYTES, Tile, TiledConfig, ctas_of
+from compress.kernels.tile_shape import Tile, TiledConfig, ctas_of
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.wna16_layout import PackedWeight
 
@@ -118,8 +118,8 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
     stage = 0
     phase = 0
     again = False
+    part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     if T.persistent:
-        part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
         end = all_tiles(M, N, T)
         for tile in range(gl.program_id(0), end, gl.num_programs(0)):
             acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
@@ -132,7 +132,6 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
             again = True
         tma.store_wait(0)
     else:
-        part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
         acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
                                            part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again, False,
                                            T)  # fmt: skip
@@ -185,7 +184,7 @@ def max_registers(config: TiledConfig) -> int:
 def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
     """Programs that run at once, by shared memory and registers."""
     # the machine keeps a kilobyte of each program's share; it has one more than it lets one have
-    used = config.memory_bytes(bits) + HANDED_BYTES + 1024
+    used = config.program_bytes(bits) + 1024
     registers = 65536 // (32 * (config.warps + 4) * max_registers(config))
     return n_sms * max(1, min((shared_bytes + 1024) // used, registers))
 

@@ -64,7 +64,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import GROUP_N, HANDED_BYTES, Tile, TiledConfig
+from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, places
 from compress.kernels.wna16_layout import PackedWeight
@@ -128,7 +128,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
     """Programs that run at once, each of a whole tile, which needs no mail: one or two a multiprocessor, by shared
     memory and registers."""
-    used = replace(config, split_k=1).memory_bytes(bits) + HANDED_BYTES
+    used = replace(config, split_k=1).program_bytes(bits)
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
@@ -164,7 +164,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     (NOTES.md)."""
     tiles = -(-k // 128)
     alone = _one_to_each(m, n, tiles, n_sms)
-    if alone is not None and alone.memory_bytes(bits) + HANDED_BYTES <= shared_bytes:
+    if alone is not None and alone.program_bytes(bits) <= shared_bytes:
         return alone
     if m <= 128:
         block_m = max(16, 1 << (m - 1).bit_length())

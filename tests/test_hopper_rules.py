@@ -68,7 +68,7 @@ def test_tiled_rule_splits_what_would_stay_idle(m: int, bits: int) -> None:
         bare = replace(config, split_k=1, cluster=1, producer=False, unroll=1)
         assert (bits == 4 and m <= 8) or bare in set(tunable.grid(m))
         assert config == config.as_it_runs().within(-(-k // 128))
-        assert config.memory_bytes(bits) + w4a16_tiled.HANDED_BYTES <= H100_SHARED
+        assert config.program_bytes(bits) <= H100_SHARED
         assert config.adders == config.cluster  # sums fit the stages
         assert config.block_m >= min(m, 128)
         at_once = w4a16_tiled.slots(config, 132, H100_SHARED, bits)
