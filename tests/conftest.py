@@ -85,6 +85,19 @@ def no_network() -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list[str]], Any], list[str]], str]:
+    """What a parser says of arguments, which it must refuse with argparse's exit code 2."""
+
+    def said(parse: Callable[[list[str]], Any], arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as ended:
+            parse(arguments)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return said
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer Llama (hidden 64, FFN 128, vocabulary 256, 4 heads on 2 KV heads), saved as safetensors in

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,11 +120,9 @@ def test_reports_of_ptxas() -> None:
         (["--kernels", "w4a16_tiled", "--gpu", "A100"], "compute capability 8.0 is not 9.0"),
     ],
 )
-def test_what_cannot_be_compiled(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compiled(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     """Oracle: argparse's exit code 2, and the value and the rule."""
-    with pytest.raises(SystemExit) as ended:
-        codegen.parse(arguments)
-    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(refused(codegen.parse, arguments).split())
 
 
 def test_an_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
