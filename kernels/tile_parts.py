@@ -26,6 +26,7 @@ from compress.kernels.gluon_parts import (
 from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stages, ready_of
 from compress.kernels.tile_shape import (
     GROUP_N,
+    PIECE,
     blocks_of,
     ctas_of,
     in_units,
@@ -152,14 +153,25 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 
 
 @gluon.jit
-def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, live, WORDS: gl.constexpr,
-               X: gl.constexpr, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _pieces_of_x(m0, M, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Pieces of PIECE tokens from m0 on that have any of M."""
+    return gl.cdiv(gl.minimum(M - m0, T.block_m), PIECE)
+
+
+@gluon.jit
+def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, live,
+               WORDS: gl.constexpr, X: gl.constexpr, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Start the copies of the t-th tile or slices of K into a stage: words (and announce all bytes), x, or both.
-    FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros."""
+    FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros.
+
+    Of a tile that M does not fill, x is copied in pieces, and none beyond: a copy fills rows that are not there with
+    zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere."""
     SLICES: gl.constexpr = T.slices
+    PIECES: gl.constexpr = T.block_m // PIECE
     ready = ready_of(barriers, stage, T)
     if WORDS:
-        announce(stage, stage_bytes(T), live, FIRST, T)
+        missing = (PIECES - _pieces_of_x(m0, M, T)) * (PIECE * SLICES * 256)
+        announce(stage, stage_bytes(T) - missing, live, FIRST, T)
         slices = words_smem._reinterpret(gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
         for s in gl.static_range(SLICES):
             row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
@@ -170,10 +182,18 @@ def copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, s
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
         copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
     elif X:
+        whole = live & (m0 + T.block_m <= M)
         for h in gl.static_range(2 * SLICES):  # 64 inputs each
             tma.async_copy_global_to_shared(
-                x_desc, [m0, t * (128 * SLICES) + h * 64], ready, x_smem.index(2 * SLICES * stage + h), pred=live
+                x_desc, [m0, t * (128 * SLICES) + h * 64], ready, x_smem.index(2 * SLICES * stage + h), pred=whole
             )
+        if live & (m0 + T.block_m > M):
+            small = x_smem._reinterpret(x_desc.dtype, [2 * SLICES * T.stages * PIECES, PIECE, 64], x_piece_desc.layout)
+            for piece in range(_pieces_of_x(m0, M, T)):
+                for h in gl.static_range(2 * SLICES):
+                    into = small.index((2 * SLICES * stage + h) * PIECES + piece)
+                    at = [m0 + piece * PIECE, t * (128 * SLICES) + h * 64]
+                    tma.async_copy_global_to_shared(x_piece_desc, at, ready, into)
 
 
 @gluon.jit
@@ -200,6 +220,45 @@ def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     width = gl.minimum(n_tiles - first_n, _GROUP_N)
     within = tile % (_GROUP_N * m_tiles)
     return (first_n + within % width) * T.block_n, within // width * T.block_m
+
+
+@gluon.jit
+def _place(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Number of this program among all, number of its cluster, and its number therein."""
+    cluster = gl.program_id(0)
+    rank = 0
+    if ctas_of(T) > 1:
+        rank = cluster_rank()
+    return cluster * ctas_of(T) + rank, cluster, rank
+
+
+@gluon.jit
+def turns_of(whole, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tiles this program of a persistent launch computes alone, of the first `whole`, and with its cluster, of
+    the others: one at most, its last."""
+    place, cluster, _ = _place(T)
+    places = gl.num_programs(0) * ctas_of(T)
+    alone = gl.cdiv(gl.maximum(whole - place, 0), places)
+    together = 0
+    if T.split > 1:
+        together = (cluster < all_tiles(M, N, T) - whole).to(gl.int32)
+    return alone, together
+
+
+@gluon.jit
+def turn(i, alone, whole, tiles, per_split, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The i-th tile of this program of a persistent launch; the first stage that is its own, and the one behind the
+    last."""
+    place, cluster, rank = _place(T)
+    tile = place + i * (gl.num_programs(0) * ctas_of(T))
+    first = 0
+    last = gl.cdiv(tiles, T.slices)
+    if T.split > 1:
+        if i >= alone:
+            tile = whole + cluster
+            first = rank * per_split
+            last = gl.minimum(first + per_split, last)
+    return tile, first, last
 
 
 @gluon.jit
@@ -238,24 +297,32 @@ def wait_for_previous(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's sums [ROWS, BLOCK_M]: a tile of y, a share of one, or sums in the workspace for another kernel."""
+    """A program's sums [ROWS, BLOCK_M] over its share of K: a tile of y, a share of one, or sums in the workspace for
+    another kernel."""
     BLOCK_M: gl.constexpr = T.block_m
     BLOCK_N: gl.constexpr = T.block_n
     if T.adders > 1:
         total, rm, rn = add_up(acc, rank, T)
         _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
         depart()
-    elif T.slices > 1:
-        TOKENS: gl.constexpr = tokens_at_once(T)
-        PARTS: gl.constexpr = BLOCK_M // TOKENS
-        for part in gl.static_range(PARTS):
-            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
-            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
-    elif T.split > 1:
+    elif T.split > 1 and T.slices == 1:
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(T))), 0)
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+    else:
+        leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
+
+
+@gluon.jit
+def leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's sums [ROWS, BLOCK_M] that no other program's of a cluster are added to."""
+    if T.slices > 1:
+        TOKENS: gl.constexpr = tokens_at_once(T)
+        PARTS: gl.constexpr = T.block_m // TOKENS
+        for part in gl.static_range(PARTS):
+            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
     else:
         wait_for_sharers(T)
         _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)

@@ -114,8 +114,8 @@ def to_size(acc, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def multiply_tiles(  # type: ignore[no-untyped-def]
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
+    words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
+    last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, BLOCK_M]: the sums of a tile over stages first .. last - 1 of K, the first STAGES of which are on
     their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
@@ -123,24 +123,25 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
         gl.assume(first < last)
     if blocks_of(T) == 2:
         acc, stage, phase = _in_four_groups(
-            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, stage, phase, again, COPIES, T,
+            words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+            first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
     else:
         acc, stage, phase = _in_two_groups(
-            words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
-            n0, m0, N, K, tiles, stage, phase, again, COPIES, T,
+            words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+            first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
     return to_size(acc, part_of_unit, T), stage, phase
 
 
 @gluon.jit
-def _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, M, N,
+               T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """The next tile into the stage behind that of tile t. After its last MMA, which runs meanwhile: every one of these
     copies costs a barrier."""
     gl.thread_barrier()
     ahead = t - 1 + T.stages
-    copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, ahead, n0, m0, N, behind,
+    copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, ahead, n0, m0, M, N, behind,
                (t > first) & (ahead < last), True, True, True, T)  # fmt: skip
 
 
@@ -184,8 +185,8 @@ def _words_of(words_smem, stage, phase, T: gl.constexpr):  # type: ignore[no-unt
 
 @gluon.jit
 def _in_two_groups(  # type: ignore[no-untyped-def]
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
+    words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
+    last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
@@ -218,7 +219,8 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
                 words = _words_of(words_smem, stage, phase, T)
             acc = warpgroup_mma(high, x, acc, is_async=True)
             if COPIES:
-                _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+                _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0,
+                           m0, M, N, T)  # fmt: skip
             columns = _behind_first(columns, T)
         stage, phase = next_stage(stage, phase, T)
     acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
@@ -227,8 +229,8 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _in_four_groups(  # type: ignore[no-untyped-def]
-    words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last, n0, m0,
-    N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
+    words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
+    last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
     earlier, or its registers might still be read, by the group four before it."""
@@ -266,7 +268,8 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
                         scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
                     )
             if COPIES:
-                _copy_into(words_desc, x_desc, barriers, words_smem, x_smem, behind, t, first, last, n0, m0, N, T)
+                _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0,
+                           m0, M, N, T)  # fmt: skip
             columns = _behind_first(columns, T)
             behind = here
         stage, phase = next_stage(stage, phase, T)

@@ -27,6 +27,7 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
+PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where a tile is not full
 _HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
@@ -90,8 +91,8 @@ class TiledConfig:
         split tiles, or without room for y."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
-        whole = self.producer and self.split_k == 1 and self.leaving_tokens() >= _LEAST_LEAVING
-        found = replace(self, persistent=self.persistent and whole)
+        fits = self.producer and self.split_k == self.adders <= 2 and self.leaving_tokens() >= _LEAST_LEAVING
+        found = replace(self, persistent=self.persistent and fits)
         return replace(found, cluster=self.adders, sharers=found.shares_x, unroll=max(1, unroll), registers=registers)
 
     def leaving_tokens(self, bits: int = 4) -> int:
@@ -254,7 +255,8 @@ def _leaving_tokens(config: TiledConfig, bits: int) -> int:
 def _within(config: TiledConfig, tiles: int, bits: int) -> TiledConfig:
     runs = config.as_it_runs()
     stages = -(-tiles // config.slices)
-    if stages < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
+    least = stages - -(-stages // config.split_k) * (config.split_k - 1)  # of a share
+    if least < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
         runs = replace(config, persistent=False).as_it_runs()
     return runs if stages % (config.split_k * runs.unroll) == 0 else replace(runs, unroll=1)
 

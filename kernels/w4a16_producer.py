@@ -29,14 +29,16 @@ from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.tile_parts import (
-    all_tiles,
     copy_stage,
     first_columns,
     leave,
+    leave_alone,
     next_stage,
     open_memory,
     share_of_tile,
     tile_origin,
+    turn,
+    turns_of,
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
@@ -48,49 +50,69 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 @gluon.jit
-def _refill(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, stage, phase, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, stage, phase,
+            T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of stages first .. last - 1, each as soon as one is empty; which is next, and its phase."""
     for t in range(first, last):
         wait_empty(stage, phase, T)
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, t, n0, m0, N, stage, True, True, True, False, T)
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, True, True,
+                   True, False, T)  # fmt: skip
         stage, phase = next_stage(stage, phase, T)
     return stage, phase
 
 
 @gluon.jit
-def _produce(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, tiles,
+             per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of stages first .. last - 1, STAGES ahead of who reads them, of one tile or of tile after tile; the first
     words before the wait for the last kernel."""
     STAGES: gl.constexpr = T.stages
     if ctas_of(T) > 1:
         attend_opening(T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
+                   first + i < last,
                    True, False, False, T)  # fmt: skip
     wait_for_sharers(T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
+                   first + i < last,
                    False, True, False, T)  # fmt: skip
     stage = 0
     phase = 0
-    stage, phase = _refill(words_desc, x_desc, words_smem, x_smem, barriers, first + STAGES, last, n0, m0, N, stage,
-                           phase, T)  # fmt: skip
+    stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first + STAGES, last, n0, m0,
+                           M, N, stage, phase, T)  # fmt: skip
     if T.persistent:
-        for later in range(gl.program_id(0) + gl.num_programs(0), all_tiles(M, N, T), gl.num_programs(0)):
-            n0, m0 = tile_origin(later, M, N, T)
-            stage, phase = _refill(words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, N, stage,
-                                   phase, T)  # fmt: skip
-    if ctas_of(T) > 1:
-        attend_sums(T)
+        alone, together = turns_of(whole, M, N, T)
+        for i in range(1, alone + together):
+            tile, first, last = turn(i, alone, whole, tiles, per_split, T)
+            n0, m0 = tile_origin(tile, M, N, T)
+            stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0,
+                                   M, N, stage, phase, T)  # fmt: skip
+    _attend_leaving(whole, M, N, T)
 
 
 @gluon.jit
-def _relay(first, last, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend_leaving(whole, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A warp's part where its program's cluster adds up or sends."""
+    if ctas_of(T) > 1:
+        if T.persistent:
+            _, together = turns_of(whole, M, N, T)
+            if together > 0:
+                attend_sums(T)
+        else:
+            attend_sums(T)
+
+
+@gluon.jit
+def _relay(first, last, M, N, tiles, per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Tell the consumers of each stage whose copies are there. By one warp."""
     stages = last - first
     if T.persistent:
-        stages *= gl.cdiv(all_tiles(M, N, T) - gl.program_id(0), gl.num_programs(0))
+        alone, together = turns_of(whole, M, N, T)
+        _, first, last = turn(alone, alone, whole, tiles, per_split, T)
+        stages = alone * gl.cdiv(tiles, T.slices) + together * (last - first)
     stage = 0
     phase = 0
     for _ in range(stages):
@@ -100,40 +122,44 @@ def _relay(first, last, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _attend(first, last, M, N, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(first, last, M, N, tiles, per_split, whole, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A warp without copies to make: it may `_relay`."""
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
     if RELAYS:
-        _relay(first, last, M, N, T)
-    if ctas_of(T) > 1:
-        attend_sums(T)
+        _relay(first, last, M, N, tiles, per_split, whole, T)
+    _attend_leaving(whole, M, N, T)
 
 
 @gluon.jit
 def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers, out_smem,
-             rank, first, last, n0, m0, M, N, K, tiles, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             rank, first, last, n0, m0, M, N, K, tiles, per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """The sums of a tile, or of tile after tile, with copies by another partition."""
     stage = 0
     phase = 0
     again = False
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     if T.persistent:
-        end = all_tiles(M, N, T)
-        for tile in range(gl.program_id(0), end, gl.num_programs(0)):
-            acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                                               part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again,
+        alone, together = turns_of(whole, M, N, T)
+        turns = alone + together
+        for i in range(turns):
+            acc, stage, phase = multiply_tiles(None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
+                                               part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again,
                                                False, T)  # fmt: skip
             here_n, here_m = n0, m0
-            n0, m0 = tile_origin(gl.minimum(tile + gl.num_programs(0), end - 1), M, N, T)
+            tile, first, last = turn(gl.minimum(i + 1, turns - 1), alone, whole, tiles, per_split, T)
+            n0, m0 = tile_origin(tile, M, N, T)
             part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
-            leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
+            if i < alone:
+                leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, here_n, here_m, M, N, T)
+            else:
+                leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
             again = True
         tma.store_wait(0)
     else:
-        acc, stage, phase = multiply_tiles(None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                                           part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again, False,
+        acc, stage, phase = multiply_tiles(None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
+                                           part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again, False,
                                            T)  # fmt: skip
         # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this
         # program's share of K is empty, its consumers have not, and who had the workspace before may still read it.
@@ -142,23 +168,27 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
         leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
-@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
+@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split", "whole"])
 def _producer_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
-    M, N, K, tiles, first_tile, per_split, T: gl.constexpr,
+    x_desc, x_piece_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
+    M, N, K, tiles, first_tile, per_split, whole, T: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     fetch_first_descriptor("_producer_kernel")  # of x
     tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, T)
+    if T.persistent:
+        alone, _ = turns_of(whole, M, N, T)
+        tile, first, last = turn(0, alone, whole, tiles, per_split, T)
     n0, m0 = tile_origin(tile, M, N, T)
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     gl.warp_specialize(
         [
             (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
-                        out_smem, rank, first, last, n0, m0, M, N, K, tiles, T)),
-            (_produce, (words_desc, x_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, T)),
-            (_attend, (first, last, M, N, T.unroll > 1, T)),
-            (_attend, (first, last, M, N, False, T)),
+                        out_smem, rank, first, last, n0, m0, M, N, K, tiles, per_split, whole, T)),
+            (_produce, (words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, tiles,
+                        per_split, whole, T)),
+            (_attend, (first, last, M, N, tiles, per_split, whole, T.unroll > 1, T)),
+            (_attend, (first, last, M, N, tiles, per_split, whole, False, T)),
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -189,18 +219,27 @@ def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) ->
     return n_sms * max(1, min((shared_bytes + 1024) // used, registers))
 
 
+def whole_tiles(n_tiles: int, split: int, at_once: int) -> int:
+    """Tiles that persistent programs, so many at once, compute alone: all, or all but those of a last round that `split`
+    programs each have room to share."""
+    rest = n_tiles % at_once
+    return n_tiles - rest if rest * split <= at_once and split > 1 else n_tiles
+
+
 def launch_producer(
-    x_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor, y: Tensor,
-    weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
+    x_desc: TensorDescriptor, x_piece_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor,
+    y: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
     n_tiles: int, config: TiledConfig, tile: Tile,
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
-    programs = n_tiles * split // ctas
+    programs, whole = n_tiles * split // ctas, 0
     if config.persistent:
-        programs = min(n_tiles, places(config, n_sms(y.device), shared_bytes(y.device), weight.bits))
+        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits) // ctas * ctas
+        whole = whole_tiles(n_tiles, split, at_once)
+        programs = min(at_once // ctas, max(-(-whole // ctas), n_tiles - whole))
     _producer_kernel[(programs,)](
-        x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
-        first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas,
+        x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
+        first_tile, -(-tiles // (config.slices * split)), whole, T=tile, num_warps=config.warps, num_ctas=ctas,
         maxnreg=max_registers(config), launch_pdl=tile.pdl,
     )  # fmt: skip

@@ -64,7 +64,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
+from compress.kernels.tile_shape import GROUP_N, PIECE, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, places
 from compress.kernels.wna16_layout import PackedWeight
@@ -72,7 +72,7 @@ from compress.kernels.wna16_layout import PackedWeight
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split"])
 def _tiled_kernel(  # type: ignore[no-untyped-def]
-    x_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
+    x_desc, x_piece_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
     M, N, K, tiles, first_tile, per_split, T: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it; see the module docstring."""
@@ -82,19 +82,19 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     n0, m0 = tile_origin(tile, M, N, T)
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i, first + i < last,
                    True, False, True, T)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, barriers, words_smem, x_smem, first + i, n0, m0, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i, first + i < last,
                    False, True, True, T)  # fmt: skip
 
     stage = 0
     phase = 0
     again = False
-    acc, stage, phase = multiply_tiles(words_desc, x_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                                       part_of_unit, first, last, n0, m0, N, K, tiles, stage, phase, again, True,
+    acc, stage, phase = multiply_tiles(words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers,
+                                       columns, part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again, True,
                                        T)  # fmt: skip
     if T.is_tail and T.pdl:
         pdl_wait()  # whoever waits for this launch means the one before it, too
@@ -188,11 +188,12 @@ def launch(
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if -(-n // config.block_n) % config.sharers:
-        config = replace(config, sharers=1)  # the last tile of N has no neighbour
+    if -(-n // config.block_n) % config.sharers or m % config.block_m:
+        # the last tile of N has no neighbour, or x is copied in pieces
+        config = replace(config, sharers=1)
     config = config.within(weight.words.shape[0], weight.bits)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
-    if split == 1:
+    if split == 1 or config.persistent:
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
     at_once = slots(config, n_sms(x.device), shared_bytes(x.device), weight.bits) // config.sharers * config.sharers
@@ -223,6 +224,7 @@ def _launch_tiles(
         )
     wide = _copy_layout(ctas)
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
+    x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [PIECE.value, 64], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
     words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
     tile = Tile.of(
@@ -232,10 +234,11 @@ def _launch_tiles(
     )  # fmt: skip
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.leaving_tokens(bits), config.block_n], wide)
     if config.producer:
-        launch_producer(x_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile)
+        launch_producer(x_desc, x_piece_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles,
+                        config, tile)  # fmt: skip
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
-            x_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
+            x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
             -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:

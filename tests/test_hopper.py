@@ -78,6 +78,30 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 64, True, False, (72, 19200), (2048,), (300,)),
     (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 128, False, True, (19272,), (640,), (30, 300)),
     (TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True), "fp16", 128, True, True, (1000, 19200), (1024,), (150,)),
+    # and what is left of the last round shared by two: 150 and 450 tiles on 132 multiprocessors, 160 of more programs,
+    # and fewer than all of them; 9 tiles of K are not shared evenly
+    (
+        TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True),
+        "fp16",
+        128,
+        True,
+        True,
+        (19200,),
+        (1024, 1152),
+        (100, 300),
+    ),
+    (TiledConfig(256, 64, 2, 4, 3, 2, True, 1, 1, 1, 0, True), "bf16", 64, False, True, (10244,), (1000,), (300,)),
+    (
+        TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 1, 1, 0, True),
+        "fp16",
+        32,
+        False,
+        False,
+        (72, 1000),
+        (1152,),
+        (30, 150),
+    ),
+    (TiledConfig(128, 64, 2, 8, 3, 2, True, 1, 1, 2, 0, True), "fp16", 128, True, True, (19200,), (2048,), (30, 150)),
     # slices besides: sums of all tokens at once, and in parts; K that does not fill the stages is not persistent
     (
         TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True),
@@ -194,6 +218,8 @@ DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4
 SLICES_2048 = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
 # at 1024 tokens 512 tiles for 264 or 132 programs
 ROUNDS_2048 = TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True)
+# at 1200 tokens 132 of 160 tiles alone, where there are so many multiprocessors, and the others by two each
+SHARED_LAST_2048 = TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True)
 SLICES_IN_ROUNDS = TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True)
 
 
@@ -299,8 +325,10 @@ def chain(x: torch.Tensor, weight: w4a16.KernelWeight, configs: list[Any], kept:
     [
         ([DECODE_2048], 8), ([TILED_2048], 8), ([DECODE_2048, TILED_2048], 8), ([SLICES_2048], 30),
         ([SLICES_2048, TILED_2048], 30), ([ROUNDS_2048], 1024), ([SLICES_IN_ROUNDS, ROUNDS_2048], 1024),
+        ([SHARED_LAST_2048], 1200), ([SHARED_LAST_2048, SLICES_2048], 1200),
     ],
-    ids=["decode", "tiled split", "in turns", "slices", "slices in turns", "rounds", "slices in rounds"],
+    ids=["decode", "tiled split", "in turns", "slices", "slices in turns", "rounds", "slices in rounds",
+         "rounds, last shared", "these and slices in turns"],
 )  # fmt: skip
 def test_each_of_200_products_reads_the_whole_one_before(
     square: tuple[w4a16.KernelWeight, torch.Tensor], configs: list[Any], m: int
