@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MAX_BUCKET = 4096
+HALVED_FROM = 128
 MAX_BUCKET_RATIO = 4
 MAX_SHAPE_RATIO = 2
 SEARCH_VARIABLE = "COMPRESS_KERNEL_SEARCH"
@@ -81,12 +82,16 @@ _searched: set[Product] = set()
 
 
 def m_bucket(m: int) -> int:
-    """The power of two at or above m, MAX_BUCKET at most.
+    """The power of two at or above m, from HALVED_FROM on also those half-way, MAX_BUCKET at most: there a tile more
+    or less of tokens decides.
 
-    >>> [m_bucket(m) for m in (0, 1, 2, 3, 64, 65, 5000)]
-    [1, 1, 2, 4, 64, 128, 4096]
+    >>> [m_bucket(m) for m in (0, 1, 2, 3, 64, 65, 129, 193, 3000, 5000)]
+    [1, 1, 2, 4, 64, 128, 192, 256, 3072, 4096]
     """
-    return min(1 << (m - 1).bit_length(), MAX_BUCKET) if m > 1 else 1
+    if m <= 1:
+        return 1
+    power = 1 << (m - 1).bit_length()
+    return min(power * 3 // 4 if HALVED_FROM < m <= power * 3 // 4 else power, MAX_BUCKET)
 
 
 def normalise_gpu(name: str) -> str:

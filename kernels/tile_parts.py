@@ -223,42 +223,50 @@ def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _place(T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Number of this program among all, number of its cluster, and its number therein."""
-    cluster = gl.program_id(0)
-    rank = 0
-    if ctas_of(T) > 1:
-        rank = cluster_rank()
-    return cluster * ctas_of(T) + rank, cluster, rank
+def _streamed(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of the stages of all tiles behind the first `whole` this program computes: the first, and the one behind
+    the last."""
+    end = (all_tiles(M, N, T) - whole) * gl.cdiv(tiles, T.slices)
+    first = gl.minimum(gl.program_id(0) * part, end)
+    return first, gl.minimum(first + part, end)
 
 
 @gluon.jit
-def turns_of(whole, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """How many tiles this program of a persistent launch computes alone, of the first `whole`, and with its cluster, of
-    the others: one at most, its last."""
-    place, cluster, _ = _place(T)
-    places = gl.num_programs(0) * ctas_of(T)
-    alone = gl.cdiv(gl.maximum(whole - place, 0), places)
-    together = 0
-    if T.split > 1:
-        together = (cluster < all_tiles(M, N, T) - whole).to(gl.int32)
-    return alone, together
+def turns_of(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tiles this program of a persistent launch computes alone, and all that it computes any of."""
+    alone = gl.cdiv(gl.maximum(whole - gl.program_id(0), 0), gl.num_programs(0))
+    turns = alone
+    if T.streams:
+        stages = gl.cdiv(tiles, T.slices)
+        first, last = _streamed(whole, tiles, part, M, N, T)
+        if last > first:
+            turns += (last - 1) // stages - first // stages + 1
+    return alone, turns
 
 
 @gluon.jit
-def turn(i, alone, whole, tiles, per_split, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The i-th tile of this program of a persistent launch; the first stage that is its own, and the one behind the
-    last."""
-    place, cluster, rank = _place(T)
-    tile = place + i * (gl.num_programs(0) * ctas_of(T))
+def turn(i, alone, whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The i-th tile that this program of a persistent launch computes any of, the first of its stages and the one
+    behind the last, and the first of the programs that give to this one, up to which they do."""
+    program = gl.program_id(0)
+    stages = gl.cdiv(tiles, T.slices)
+    tile = program + i * gl.num_programs(0)
     first = 0
-    last = gl.cdiv(tiles, T.slices)
-    if T.split > 1:
+    last = stages
+    giver = program
+    if T.streams:
         if i >= alone:
-            tile = whole + cluster
-            first = rank * per_split
-            last = gl.minimum(first + per_split, last)
-    return tile, first, last
+            begin, end = _streamed(whole, tiles, part, M, N, T)
+            later = (end - 1) // stages
+            tile = begin // stages
+            if (i == alone) & (later > tile):  # the begin of the later one first: another waits for it
+                tile = later
+            first = gl.maximum(begin - tile * stages, 0)
+            last = gl.minimum(end - tile * stages, stages)
+            if last == stages:
+                giver = tile * stages // part
+            tile += whole
+    return tile, first, last, giver
 
 
 @gluon.jit
@@ -305,24 +313,17 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
         total, rm, rn = add_up(acc, rank, T)
         _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
         depart()
-    elif T.split > 1 and T.slices == 1:
+    elif T.slices > 1:
+        TOKENS: gl.constexpr = tokens_at_once(T)
+        PARTS: gl.constexpr = BLOCK_M // TOKENS
+        for part in gl.static_range(PARTS):
+            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
+    elif T.split > 1:
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(T))), 0)
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
-    else:
-        leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
-
-
-@gluon.jit
-def leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's sums [ROWS, BLOCK_M] that no other program's of a cluster are added to."""
-    if T.slices > 1:
-        TOKENS: gl.constexpr = tokens_at_once(T)
-        PARTS: gl.constexpr = T.block_m // TOKENS
-        for part in gl.static_range(PARTS):
-            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
-            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
     else:
         wait_for_sharers(T)
         _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)

@@ -49,7 +49,8 @@ class TiledConfig:
     every such tile of K for itself (slice-K), whose sums the program adds up; 16 rows of W a warp. registers: a thread
     at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`. persistent: one program to each
     place on the machine, which computes tile after tile: copies for the next go on while one leaves. Where there is a
-    producer, whole tiles, and room for y."""
+    producer, and room for y. Tiles that do not fill a round of all programs are then shared out among them with
+    split_k > 1 (`streamed_sums`), and are computed by some with split_k = 1."""
 
     block_m: int
     block_n: int
@@ -63,6 +64,11 @@ class TiledConfig:
     slices: int = 1
     registers: int = 0
     persistent: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether tiles that do not fill a round of persistent programs are shared out among all of them."""
+        return self.persistent and self.split_k > 1
 
     @property
     def adders(self) -> int:
@@ -87,13 +93,15 @@ class TiledConfig:
 
     def as_it_runs(self) -> TiledConfig:
         """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
-        producer, and unrolled ones where named barriers do not last for each warpgroup and stage; persistent ones of
-        split tiles, or without room for y."""
+        producer, and unrolled ones where named barriers do not last for each warpgroup and stage; persistent ones
+        without room for y."""
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
-        fits = self.producer and self.split_k == self.adders <= 2 and self.leaving_tokens() >= _LEAST_LEAVING
+        fits = self.producer and self.leaving_tokens() >= _LEAST_LEAVING
         found = replace(self, persistent=self.persistent and fits)
-        return replace(found, cluster=self.adders, sharers=found.shares_x, unroll=max(1, unroll), registers=registers)
+        if found.streams:
+            found = replace(found, split_k=2)
+        return replace(found, cluster=found.adders, sharers=found.shares_x, unroll=max(1, unroll), registers=registers)
 
     def leaving_tokens(self, bits: int = 4) -> int:
         """Tokens of y that leave at once."""
@@ -111,8 +119,8 @@ class TiledConfig:
 @dataclass(frozen=True)
 class Tile:
     """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
-    share x; unroll, slices, persistent: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple of
-    block_n. pdl: programmatic dependent launch; before_tail, is_tail: of two launches whose second computes the rest,
+    share x; unroll, slices, persistent, streams: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple
+    of block_n. pdl: programmatic dependent launch; before_tail, is_tail: of two launches whose second computes the rest,
     the first and the second."""
 
     block_m: int
@@ -125,6 +133,7 @@ class Tile:
     unroll: int = 1
     slices: int = 1
     persistent: bool = False
+    streams: bool = False
     bits: int = 4
     dtype: Any = gl.float16
     group: int = 128
@@ -138,8 +147,8 @@ class Tile:
     @classmethod
     def of(cls, config: TiledConfig, **others: Any) -> Tile:
         return cls(
-            config.block_m, config.block_n, config.stages, config.warps, config.split_k, config.adders,
-            config.shares_x, config.unroll, config.slices, config.persistent, **others,
+            config.block_m, config.block_n, config.stages, config.warps, 1 if config.persistent else config.split_k,
+            config.adders, config.shares_x, config.unroll, config.slices, config.persistent, config.streams, **others,
         )  # fmt: skip
 
 
@@ -238,7 +247,7 @@ def barrier_offset(t):  # type: ignore[no-untyped-def]
 @cache  # all of these: a launch asks for them, and what kernels share is slow to call
 def _adders(config: TiledConfig) -> int:
     """Where sums fit the stages of 4 bits, so that they do with more."""
-    adders = min(config.cluster, config.split_k)
+    adders = 1 if config.persistent else min(config.cluster, config.split_k)
     tile = Tile(
         config.block_m, config.block_n, config.stages, config.warps, config.split_k, adders, slices=config.slices
     )
@@ -255,10 +264,10 @@ def _leaving_tokens(config: TiledConfig, bits: int) -> int:
 def _within(config: TiledConfig, tiles: int, bits: int) -> TiledConfig:
     runs = config.as_it_runs()
     stages = -(-tiles // config.slices)
-    least = stages - -(-stages // config.split_k) * (config.split_k - 1)  # of a share
-    if least < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
+    if stages < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
         runs = replace(config, persistent=False).as_it_runs()
-    return runs if stages % (config.split_k * runs.unroll) == 0 else replace(runs, unroll=1)
+    shares = 1 if runs.persistent else runs.split_k
+    return runs if stages % (shares * runs.unroll) == 0 else replace(runs, unroll=1)
 
 
 @cache

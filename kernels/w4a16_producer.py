@@ -7,7 +7,8 @@ are in step, so that none dequantizes while another multiplies. Here they meet a
     consumers            wait ready[s]; dequantize and multiply as `w4a16_tiled` does; arrive at empty[s]
 
 With `TiledConfig.persistent` a program computes every so many-th tile, and the producer goes on to the next while the
-consumers send y: no program begins or ends between two tiles of a multiprocessor.
+consumers send y: no program begins or ends between two tiles of a multiprocessor. What is left for a last round may be
+shared out among all programs (`streamed_sums`).
 
 Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
 beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`_relay`). All
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,11 +30,11 @@ from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
+from compress.kernels.streamed_sums import give, shares, with_given, workspace_floats
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
     leave,
-    leave_alone,
     next_stage,
     open_memory,
     share_of_tile,
@@ -63,7 +65,7 @@ def _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, firs
 
 @gluon.jit
 def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, tiles,
-             per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             part, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Copies of stages first .. last - 1, STAGES ahead of who reads them, of one tile or of tile after tile; the first
     words before the wait for the last kernel."""
     STAGES: gl.constexpr = T.stages
@@ -81,38 +83,32 @@ def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, fir
                    False, True, False, T)  # fmt: skip
     stage = 0
     phase = 0
+    if last - first < STAGES:  # the others have not been filled, and who waits for their other phase does not wait
+        stage = last - first
+        phase = 1
     stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first + STAGES, last, n0, m0,
                            M, N, stage, phase, T)  # fmt: skip
     if T.persistent:
-        alone, together = turns_of(whole, M, N, T)
-        for i in range(1, alone + together):
-            tile, first, last = turn(i, alone, whole, tiles, per_split, T)
+        alone, turns = turns_of(whole, tiles, part, M, N, T)
+        for i in range(1, turns):
+            tile, first, last, _ = turn(i, alone, whole, tiles, part, M, N, T)
             n0, m0 = tile_origin(tile, M, N, T)
             stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0,
                                    M, N, stage, phase, T)  # fmt: skip
-    _attend_leaving(whole, M, N, T)
-
-
-@gluon.jit
-def _attend_leaving(whole, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A warp's part where its program's cluster adds up or sends."""
     if ctas_of(T) > 1:
-        if T.persistent:
-            _, together = turns_of(whole, M, N, T)
-            if together > 0:
-                attend_sums(T)
-        else:
-            attend_sums(T)
+        attend_sums(T)
 
 
 @gluon.jit
-def _relay(first, last, M, N, tiles, per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _relay(first, last, M, N, tiles, part, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Tell the consumers of each stage whose copies are there. By one warp."""
     stages = last - first
     if T.persistent:
-        alone, together = turns_of(whole, M, N, T)
-        _, first, last = turn(alone, alone, whole, tiles, per_split, T)
-        stages = alone * gl.cdiv(tiles, T.slices) + together * (last - first)
+        alone, turns = turns_of(whole, tiles, part, M, N, T)
+        stages = 0
+        for i in range(turns):
+            _, first, last, _ = turn(i, alone, whole, tiles, part, M, N, T)
+            stages += last - first
     stage = 0
     phase = 0
     for _ in range(stages):
@@ -122,45 +118,52 @@ def _relay(first, last, M, N, tiles, per_split, whole, T: gl.constexpr):  # type
 
 
 @gluon.jit
-def _attend(first, last, M, N, tiles, per_split, whole, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(first, last, M, N, tiles, part, whole, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A warp without copies to make: it may `_relay`."""
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
     if RELAYS:
-        _relay(first, last, M, N, tiles, per_split, whole, T)
-    _attend_leaving(whole, M, N, T)
+        _relay(first, last, M, N, tiles, part, whole, T)
+    if ctas_of(T) > 1:
+        attend_sums(T)
 
 
 @gluon.jit
 def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers, out_smem,
-             rank, first, last, n0, m0, M, N, K, tiles, per_split, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             rank, first, last, n0, m0, M, N, K, tiles, part, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """The sums of a tile, or of tile after tile, with copies by another partition."""
     stage = 0
     phase = 0
     again = False
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     if T.persistent:
-        alone, together = turns_of(whole, M, N, T)
-        turns = alone + together
+        alone, turns = turns_of(whole, tiles, part, M, N, T)
         for i in range(turns):
-            acc, stage, phase = multiply_tiles(None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                                               part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again,
-                                               False, T)  # fmt: skip
+            acc, stage, phase = multiply_tiles(
+                None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
+                n0, m0, M, N, K, tiles, stage, phase, again, False, T,
+            )  # fmt: skip
             here_n, here_m = n0, m0
-            tile, first, last = turn(gl.minimum(i + 1, turns - 1), alone, whole, tiles, per_split, T)
+            tile, first, last, _ = turn(gl.minimum(i + 1, turns - 1), alone, whole, tiles, part, M, N, T)
             n0, m0 = tile_origin(tile, M, N, T)
             part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
-            if i < alone:
-                leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, here_n, here_m, M, N, T)
+            if T.streams:
+                _, _, end, giver = turn(i, alone, whole, tiles, part, M, N, T)
+                acc = with_given(acc, workspace_ptr, giver, gl.program_id(0), T)
+                if end == gl.cdiv(tiles, T.slices):
+                    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
+                else:
+                    give(acc, workspace_ptr, T)
             else:
                 leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
             again = True
         tma.store_wait(0)
     else:
-        acc, stage, phase = multiply_tiles(None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns,
-                                           part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again, False,
-                                           T)  # fmt: skip
+        acc, stage, phase = multiply_tiles(
+            None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
+            n0, m0, M, N, K, tiles, stage, phase, again, False, T,
+        )  # fmt: skip
         # Whoever waits for a tail means the launch before it, too. And the producer alone has waited: where this
         # program's share of K is empty, its consumers have not, and who had the workspace before may still read it.
         if T.pdl and (T.is_tail or T.split > T.adders):
@@ -168,27 +171,27 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
         leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
-@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "per_split", "whole"])
+@gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "part", "whole"])
 def _producer_kernel(  # type: ignore[no-untyped-def]
     x_desc, x_piece_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
-    M, N, K, tiles, first_tile, per_split, whole, T: gl.constexpr,
+    M, N, K, tiles, first_tile, part, whole, T: gl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     fetch_first_descriptor("_producer_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, per_split, T)
+    tile, rank, first, last = share_of_tile(first_tile, tiles, part, T)
     if T.persistent:
-        alone, _ = turns_of(whole, M, N, T)
-        tile, first, last = turn(0, alone, whole, tiles, per_split, T)
+        alone, _ = turns_of(whole, tiles, part, M, N, T)
+        tile, first, last, _ = turn(0, alone, whole, tiles, part, M, N, T)
     n0, m0 = tile_origin(tile, M, N, T)
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     gl.warp_specialize(
         [
             (_consume, (out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, words_smem, x_smem, barriers,
-                        out_smem, rank, first, last, n0, m0, M, N, K, tiles, per_split, whole, T)),
-            (_produce, (words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, tiles,
-                        per_split, whole, T)),
-            (_attend, (first, last, M, N, tiles, per_split, whole, T.unroll > 1, T)),
-            (_attend, (first, last, M, N, tiles, per_split, whole, False, T)),
+                        out_smem, rank, first, last, n0, m0, M, N, K, tiles, part, whole, T)),
+            (_produce, (words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N,
+                        tiles, part, whole, T)),
+            (_attend, (first, last, M, N, tiles, part, whole, T.unroll > 1, T)),
+            (_attend, (first, last, M, N, tiles, part, whole, False, T)),
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
@@ -219,27 +222,25 @@ def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) ->
     return n_sms * max(1, min((shared_bytes + 1024) // used, registers))
 
 
-def whole_tiles(n_tiles: int, split: int, at_once: int) -> int:
-    """Tiles that persistent programs, so many at once, compute alone: all, or all but those of a last round that `split`
-    programs each have room to share."""
-    rest = n_tiles % at_once
-    return n_tiles - rest if rest * split <= at_once and split > 1 else n_tiles
-
-
 def launch_producer(
     x_desc: TensorDescriptor, x_piece_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor,
-    y: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int, first_tile: int,
-    n_tiles: int, config: TiledConfig, tile: Tile,
+    y: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int,
+    first_tile: int, n_tiles: int, config: TiledConfig, tile: Tile,
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
-    programs, whole = n_tiles * split // ctas, 0
+    stages = -(-tiles // config.slices)
+    programs, whole, part = n_tiles * split // ctas, 0, -(-stages // split)
     if config.persistent:
-        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits) // ctas * ctas
-        whole = whole_tiles(n_tiles, split, at_once)
-        programs = min(at_once // ctas, max(-(-whole // ctas), n_tiles - whole))
+        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits)
+        programs, whole = min(n_tiles, at_once), n_tiles
+        if config.streams:
+            whole, part = shares(n_tiles, stages, at_once, config.unroll)
+            programs = at_once if whole else -(-n_tiles * stages // part)
+            floats = workspace_floats(programs, config.block_m, config.slices * config.block_n, config.warps)
+            workspace = torch.empty(floats, dtype=torch.float32, device=y.device)
     _producer_kernel[(programs,)](
-        x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n, weight.k, tiles,
-        first_tile, -(-tiles // (config.slices * split)), whole, T=tile, num_warps=config.warps, num_ctas=ctas,
+        x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n,
+        weight.k, tiles, first_tile, part, whole, T=tile, num_warps=config.warps, num_ctas=ctas,
         maxnreg=max_registers(config), launch_pdl=tile.pdl,
     )  # fmt: skip

@@ -31,7 +31,8 @@ Copies of x for two neighbouring tiles of N may be one (`TiledConfig.sharers`): 
 Where tiles of few tokens are too few for the machine, a program is best as large as a multiprocessor: its warpgroups
 share out K tile by tile (`TiledConfig.slices`) and add up through its own shared memory, before the cluster does. Small
 programs, of which two or three fit, are not dealt out evenly. Where tiles of many tokens do not fill whole waves,
-persistent programs (`w4a16_producer`) take smaller ones.
+persistent programs (`w4a16_producer`) take smaller ones, and share out those of a last round that they would not fill
+(`streamed_sums`).
 
 Where whole waves come first, the split tiles are a launch of their own that fills the machine as those drain.
 
@@ -82,20 +83,23 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     n0, m0 = tile_origin(tile, M, N, T)
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
+                   first + i < last,
                    True, False, True, T)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
-        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i, first + i < last,
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
+                   first + i < last,
                    False, True, True, T)  # fmt: skip
 
     stage = 0
     phase = 0
     again = False
-    acc, stage, phase = multiply_tiles(words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers,
-                                       columns, part_of_unit, first, last, n0, m0, M, N, K, tiles, stage, phase, again, True,
-                                       T)  # fmt: skip
+    acc, stage, phase = multiply_tiles(
+        words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+        first, last, n0, m0, M, N, K, tiles, stage, phase, again, True, T,
+    )  # fmt: skip
     if T.is_tail and T.pdl:
         pdl_wait()  # whoever waits for this launch means the one before it, too
     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
@@ -215,7 +219,7 @@ def _launch_tiles(
     x: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, y: Tensor, config: TiledConfig,
     first_tile: int, n_tiles: int, pdl: bool, before_tail: bool = False, is_tail: bool = False,
 ) -> None:  # fmt: skip
-    m, k, n, split = x.shape[0], weight.k, weight.n, config.split_k
+    m, k, n, split = x.shape[0], weight.k, weight.n, 1 if config.persistent else config.split_k
     tiles, workspace, bits = weight.words.shape[0], None, weight.bits
     ctas, adders = config.ctas, config.adders
     if split > adders:
@@ -234,12 +238,13 @@ def _launch_tiles(
     )  # fmt: skip
     out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.leaving_tokens(bits), config.block_n], wide)
     if config.producer:
-        launch_producer(x_desc, x_piece_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles,
-                        config, tile)  # fmt: skip
+        launch_producer(
+            x_desc, x_piece_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile
+        )
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
-            x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles, first_tile,
-            -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles,
+            first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:
         tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part

@@ -32,10 +32,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 # -- keys -------------------------------------------------------------------------------------------------
 
 
-def test_buckets_are_the_next_power_of_two() -> None:
-    """Oracle: the smallest power of two not below m, found by counting; 4096 from there on."""
-    for m in [*range(1, 300), 511, 512, 513, 4095, 4096, 4097, 100_000]:
-        assert m_bucket(m) == next(2**i for i in range(13) if 2**i >= min(m, 4096)), m
+def test_buckets_are_the_next_power_of_two_or_half_way_there() -> None:
+    """Oracle: the smallest not below m of the powers of two, and of those half-way from 128 on, found by counting; 4096
+    from there on."""
+    buckets = sorted({2**i for i in range(13)} | {192, 384, 768, 1536, 3072})
+    for m in [*range(1, 400), 511, 512, 513, 768, 769, 3072, 3073, 4095, 4096, 4097, 100_000]:
+        assert m_bucket(m) == next(b for b in buckets if b >= min(m, 4096)), m
     assert m_bucket(0) == 1
 
 

@@ -81,7 +81,7 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     # and what is left of the last round shared by two: 150 and 450 tiles on 132 multiprocessors, 160 of more programs,
     # and fewer than all of them; 9 tiles of K are not shared evenly
     (
-        TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True),
+        TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True),
         "fp16",
         128,
         True,
@@ -90,9 +90,9 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
         (1024, 1152),
         (100, 300),
     ),
-    (TiledConfig(256, 64, 2, 4, 3, 2, True, 1, 1, 1, 0, True), "bf16", 64, False, True, (10244,), (1000,), (300,)),
+    (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), "bf16", 64, False, True, (10244,), (1000,), (300,)),
     (
-        TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 1, 1, 0, True),
+        TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 1, 1, 0, True),
         "fp16",
         32,
         False,
@@ -101,7 +101,7 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
         (1152,),
         (30, 150),
     ),
-    (TiledConfig(128, 64, 2, 8, 3, 2, True, 1, 1, 2, 0, True), "fp16", 128, True, True, (19200,), (2048,), (30, 150)),
+    (TiledConfig(128, 64, 2, 8, 3, 1, True, 1, 1, 2, 0, True), "fp16", 128, True, True, (19200,), (2048,), (30, 150)),
     # slices besides: sums of all tokens at once, and in parts; K that does not fill the stages is not persistent
     (
         TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True),
@@ -219,7 +219,7 @@ SLICES_2048 = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
 # at 1024 tokens 512 tiles for 264 or 132 programs
 ROUNDS_2048 = TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True)
 # at 1200 tokens 132 of 160 tiles alone, where there are so many multiprocessors, and the others by two each
-SHARED_LAST_2048 = TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True)
+SHARED_LAST_2048 = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
 SLICES_IN_ROUNDS = TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True)
 
 

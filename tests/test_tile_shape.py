@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
-from compress.kernels import dispatch, table_file, tile_shape, tunables, w4a16_decode
+from compress.kernels import dispatch, streamed_sums, table_file, tile_shape, tunables, w4a16_decode
 from compress.kernels.problem import Scheme
 from compress.kernels.tile_shape import TiledConfig
 
@@ -80,7 +80,7 @@ def test_what_is_unrolled(config: TiledConfig, tiles: int, unroll: int) -> None:
         (TiledConfig(256, 64, 1, 4, 3, 1, True, 1, 1, 1, 0, True), 2, 4, False),  # three stages
         (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 7, 4, True),  # four of two tiles, the last half empty
         (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 1, 2, 0, True), 6, 4, False),
-        (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), 32, 4, False),  # a share of a tile is no whole one
+        (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), 32, 4, True),  # the rest shared out
         (TiledConfig(256, 64, 1, 4, 3, 1, False, 1, 1, 1, 0, True), 32, 4, False),  # nobody else copies
         (
             TiledConfig(64, 128, 1, 4, 7, 1, True, 1, 1, 1, 0, True),
@@ -110,6 +110,32 @@ def test_shipped_tiles_run_as_they_are_named_and_compile_as_they_run() -> None:
         scheme = Scheme(bits, group if group < key.k else None, symmetric, int8)
         (_, k), _ = tunables.specimens(config, scheme, key.k if scheme.group is None else 1024, 132)
         assert config.within(k // 128) == config
+
+
+def test_what_is_shared_out_has_neither_splits_nor_clusters() -> None:
+    """Oracle: by hand: split_k says whether, not among how many; shares are multiples of what is unrolled, as the 86
+    stages of a tile of 11008 inputs are, whose halves are not."""
+    config = TiledConfig(128, 128, 8, 8, 4, 4, True, 2, 2, 1, 0, True)
+    runs = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
+    assert config.as_it_runs() == config.within(32) == config.within(86) == runs and runs.streams
+    assert not replace(runs, split_k=1).streams
+    tile = tile_shape.Tile.of(runs)
+    assert (tile.split, tile.adders, tile.persistent, tile.streams) == (1, 1, True, True)
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [7, 132, 264])
+def test_every_stage_is_shared_out_once(at_once: int, unroll: int) -> None:
+    """Oracle: counting: whole rounds leave less than one, the parts of the rest cover it with no more programs than run
+    at once, whole lines of stages each, of two tiles at most."""
+    for tiles, stages in itertools.product((1, 3, 60, 96, 131, 132, 133, 192, 264, 700), (4, 8, 28, 32, 112)):
+        whole, part = streamed_sums.shares(tiles, stages, at_once, unroll)
+        rest = tiles - whole
+        assert whole % at_once == 0 and 0 <= rest < at_once
+        assert part % unroll == 0 and min(stages, streamed_sums.LEAST_STAGES) <= part <= stages
+        assert -(-rest * stages // part) <= at_once
+        # no more than a line beyond an equal share, or the least that pays
+        assert part < rest * stages / at_once + unroll or part - unroll < streamed_sums.LEAST_STAGES
 
 
 def test_x_is_shared_by_what_is_not_persistent_after_all() -> None:
