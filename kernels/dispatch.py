@@ -8,7 +8,7 @@
     1. the entry of that very key;
     2. the same N and K, measured at the next larger bucket of M, at most MAX_BUCKET_RATIO times larger;
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
-       kernel's multiples divide the asked N and K.
+       kernel's multiples divide the asked N and K; above HALVED_FROM tokens not of a kernel in _FILL_THE_MACHINE.
 
 At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
 of the asked dtype before another's: what is fastest hangs on the shape first.
@@ -48,6 +48,8 @@ MAX_BUCKET_RATIO = 4
 MAX_SHAPE_RATIO = 2
 SEARCH_VARIABLE = "COMPRESS_KERNEL_SEARCH"
 Config = TypeVar("Config", bound="DataclassInstance")
+# with a program or two on each multiprocessor: of many tokens, how many tiles a shape has decides what is fastest
+_FILL_THE_MACHINE = ("w4a16_tiled", "w8a16_tiled")
 _SAME_CHIP = {"H200": "H100"}
 
 
@@ -133,6 +135,9 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
         and key.m <= other.m <= key.m * MAX_BUCKET_RATIO
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
+        and (
+            key.m <= HALVED_FROM or entry.choice.kernel not in _FILL_THE_MACHINE or (other.n, other.k) == (key.n, key.k)
+        )
         and key.n % entry.n_multiple == 0
         and key.k % entry.k_multiple == 0
     )

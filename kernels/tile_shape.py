@@ -120,8 +120,8 @@ class TiledConfig:
 class Tile:
     """The constants of a tiled kernel. adders programs of a cluster add up one tile, of SPLIT that share its K; sharers
     share x; unroll, slices, persistent, streams: see `TiledConfig`. group: inputs of a scale. even_n: N is a multiple
-    of block_n. pdl: programmatic dependent launch; before_tail, is_tail: of two launches whose second computes the rest,
-    the first and the second."""
+    of block_n. pdl: programmatic dependent launch; before_tail, is_tail: of two launches whose second computes the
+    rest, the first and the second."""
 
     block_m: int
     block_n: int

@@ -162,20 +162,22 @@ def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
 
 @lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4) -> TiledConfig:
-    """Tiles without a table; pure. One program to each multiprocessor where that fills them; else the widest tile of
-    tokens that M fills, and K split over what would stay idle, in clusters where these leave a fifth of the places
-    free: a cluster of more than two waits for them side by side. Measured on an H100 by `compress.kernels.tune`
-    (NOTES.md)."""
+    """Tiles without a table; pure. Above 128 tokens persistent programs that share out what fills no round: any number
+    of tiles is computed as fast. Up to there one program to each multiprocessor where that fills them; else the widest
+    tile of tokens that M fills, and K split over what would stay idle, in clusters where these leave a fifth of the
+    places free: a cluster of more than two waits for them side by side. Measured on an H100 by
+    `compress.kernels.tune` (NOTES.md)."""
     tiles = -(-k // 128)
     alone = _one_to_each(m, n, tiles, n_sms)
     if alone is not None and alone.program_bytes(bits) <= shared_bytes:
         return alone
-    if m <= 128:
-        block_m = max(16, 1 << (m - 1).bit_length())
-        block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
-    else:
-        # three stages of 256 tokens and of 8 bits are more than a multiprocessor has
-        block_m, block_n, warps = (128 if bits == 8 or (m <= 256 and n <= 8192) else 256), 128, 8
+    if m > 128:
+        # four stages of 8 bits and y are more than a multiprocessor has
+        each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, producer=True, unroll=2, persistent=True)
+        found = each.within(tiles, bits)
+        return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)
+    block_m = max(16, 1 << (m - 1).bit_length())
+    block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
     config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
     at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n) * -(-m // block_m)
     rest = programs % at_once
@@ -244,7 +246,8 @@ def _launch_tiles(
     else:
         _tiled_kernel[(n_tiles * split // ctas,)](
             x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, n, k, tiles,
-            first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas, launch_pdl=pdl,
+            first_tile, -(-tiles // (config.slices * split)), T=tile, num_warps=config.warps, num_ctas=ctas,
+            launch_pdl=pdl,
         )  # fmt: skip
     if split > adders:
         tokens = 512 // config.block_n  # small programs: this kernel is short, and all of the machine should take part
