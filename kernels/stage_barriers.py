@@ -6,6 +6,7 @@ into, on offsets from the begin of what it allocates (`global_smem`): 2 STAGES m
 
     ready[s]    the s-th            a stage's copies arrive, once announced; warps wait
     empty[s]    the STAGES + s-th   all consumer warps arrive that are done with the stage; who copies waits
+    given       before those        all consumer warps arrive that have written sums for another program
 
 Where SHARERS programs of a cluster get x by one copy (`copy_to_sharers`), that copy may start when all of them are done
 with the stage: the warps of each arrive at empty[s] of each.
@@ -34,6 +35,8 @@ def _init_all(t):  # type: ignore[no-untyped-def]
     for s in range(2 * t.stages):
         count = 1 if s < t.stages else t.warps * t.sharers
         inits += "mbarrier.init.shared::cta.b64 [a + " + str(barrier_offset(t) + 8 * s) + "], " + str(count) + "; "
+    if t.streams:
+        inits += f"mbarrier.init.shared::cta.b64 [a + {barrier_offset(t) - 8}], {t.warps}; "
     head = "{.reg .pred p; .reg .b32 a, t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; mov.b32 a, global_smem; @p bra out; "
     fence = "fence.mbarrier_init.release.cluster; " if t.sharers > 1 else ""
     return head + inits + fence + "out: mov.b32 $0, 0;}"
@@ -114,6 +117,28 @@ def arrive_empty(stage, live, T: gl.constexpr):  # type: ignore[no-untyped-def]
         asm, "=r,r,r", [gl.to_tensor(barrier_offset(T) + 8 * T.stages + 8 * stage), gl.to_tensor(live).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _arrive_given_asm(t):  # type: ignore[no-untyped-def]
+    return (
+        "{.reg .pred p; .reg .b32 a, t; bar.warp.sync 0xffffffff; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
+        f"mov.b32 a, global_smem; @p mbarrier.arrive.shared::cta.b64 _, [a + {barrier_offset(t) - 8}]; "
+        "mov.b32 $0, 0;}"
+    )
+
+
+@gluon.jit
+def arrive_given(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """This warp of the consumers has written what it gives (`streamed_sums`): once in a launch."""
+    asm: gl.constexpr = _arrive_given_asm(T)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_given(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until all consumers have written what they give."""
+    _wait(barrier_offset(T) - 8, 0)
 
 
 @gluon.constexpr_function

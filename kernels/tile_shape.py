@@ -235,12 +235,12 @@ def memory_units(t):  # type: ignore[no-untyped-def]
     behind = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
     if t.persistent:
         behind = token_bytes(t) * tokens_at_once(t)
-    return stages_bytes(t) // _UNIT.value + -(-(behind + 16 * t.stages) // _UNIT.value)
+    return stages_bytes(t) // _UNIT.value + -(-(behind + 16 * t.stages + 8 * t.streams) // _UNIT.value)
 
 
 @gluon.constexpr_function
 def barrier_offset(t):  # type: ignore[no-untyped-def]
-    """Of the mbarriers of `stage_barriers`: they are the end of the last unit."""
+    """Of the mbarriers of `stage_barriers`: they are the end of the last unit, behind that of `given`."""
     return memory_units(t) * _UNIT.value - 16 * t.stages
 
 

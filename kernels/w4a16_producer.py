@@ -30,7 +30,7 @@ from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
-from compress.kernels.streamed_sums import give, shares, with_given, workspace_floats
+from compress.kernels.streamed_sums import give, mark_given, shares, with_given, workspace_floats
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
@@ -118,13 +118,29 @@ def _relay(first, last, M, N, tiles, part, whole, T: gl.constexpr):  # type: ign
 
 
 @gluon.jit
-def _attend(first, last, M, N, tiles, part, whole, RELAYS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(first, last, M, N, tiles, part, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A warp without copies to make: it may `_relay`."""
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
-    if RELAYS:
+    if T.unroll > 1:
         _relay(first, last, M, N, tiles, part, whole, T)
+    if ctas_of(T) > 1:
+        attend_sums(T)
+
+
+@gluon.jit
+def _attend_given(workspace_ptr, M, N, tiles, part, whole, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Two warps without copies to make: they may mark what is given."""
+    if ctas_of(T) > 1:
+        attend_opening(T)
+        wait_for_sharers(T)
+    if T.streams:
+        alone, turns = turns_of(whole, tiles, part, M, N, T)
+        if turns > alone:  # where it gives any, that comes first
+            _, _, last, _ = turn(alone, alone, whole, tiles, part, M, N, T)
+            if last < gl.cdiv(tiles, T.slices):
+                mark_given(workspace_ptr, T)
     if ctas_of(T) > 1:
         attend_sums(T)
 
@@ -190,8 +206,8 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
                         out_smem, rank, first, last, n0, m0, M, N, K, tiles, part, whole, T)),
             (_produce, (words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N,
                         tiles, part, whole, T)),
-            (_attend, (first, last, M, N, tiles, part, whole, T.unroll > 1, T)),
-            (_attend, (first, last, M, N, tiles, part, whole, False, T)),
+            (_attend, (first, last, M, N, tiles, part, whole, T)),
+            (_attend_given, (workspace_ptr, M, N, tiles, part, whole, T)),
         ],
         [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -127,12 +127,17 @@ def test_what_is_shared_out_has_neither_splits_nor_clusters() -> None:
 @pytest.mark.parametrize("at_once", [7, 132, 264])
 def test_every_stage_is_shared_out_once(at_once: int, unroll: int) -> None:
     """Oracle: counting: whole rounds leave less than one, the parts of the rest cover it with no more programs than run
-    at once, whole lines of stages each, of two tiles at most."""
+    at once, whole lines of stages each, of two tiles at most; or all tiles are alone, where parts would be nearly as
+    long as they."""
     for tiles, stages in itertools.product((1, 3, 60, 96, 131, 132, 133, 192, 264, 700), (4, 8, 28, 32, 112)):
         whole, part = streamed_sums.shares(tiles, stages, at_once, unroll)
         rest = tiles - whole
-        assert whole % at_once == 0 and 0 <= rest < at_once
-        assert part % unroll == 0 and min(stages, streamed_sums.LEAST_STAGES) <= part <= stages
+        equal = max(tiles % at_once * stages / at_once, streamed_sums.LEAST_STAGES)
+        if rest == 0:
+            assert part == stages and (tiles % at_once == 0 or equal + unroll + streamed_sums.WORTH_STAGES > stages)
+            continue
+        assert whole % at_once == 0 and 0 < rest < at_once
+        assert part % unroll == 0 and equal <= part < stages - streamed_sums.WORTH_STAGES
         assert -(-rest * stages // part) <= at_once
         # no more than a line beyond an equal share, or the least that pays
         assert part < rest * stages / at_once + unroll or part - unroll < streamed_sums.LEAST_STAGES
