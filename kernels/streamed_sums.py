@@ -44,6 +44,12 @@ def shares(n_tiles: int, stages: int, at_once: int, unroll: int) -> tuple[int, i
     return (n_tiles - rest, part) if part + WORTH_STAGES < stages else (n_tiles, stages)
 
 
+def halves(n_tiles: int, stages: int, at_once: int) -> tuple[int, int]:
+    """`shares` where clusters of two add up, which half a tile each: where that is room for the rest."""
+    rest = n_tiles % at_once
+    return (n_tiles - rest, stages // 2) if 2 * rest <= at_once else (n_tiles, stages)
+
+
 def workspace_floats(programs: int, block_m: int, rows: int, warps: int) -> int:
     """Of sums and marks, 4 bytes each."""
     return programs * (block_m * rows + 4 * warps)

@@ -223,18 +223,29 @@ def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _program(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Number of this program among all, clusters one behind the other, and how many there are."""
+    program = gl.program_id(0) * ctas_of(T)
+    if ctas_of(T) > 1:
+        program += cluster_rank()
+    return program, gl.num_programs(0) * ctas_of(T)
+
+
+@gluon.jit
 def _streamed(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Which of the stages of all tiles behind the first `whole` this program computes: the first, and the one behind
     the last."""
     end = (all_tiles(M, N, T) - whole) * gl.cdiv(tiles, T.slices)
-    first = gl.minimum(gl.program_id(0) * part, end)
+    program, _ = _program(T)
+    first = gl.minimum(program * part, end)
     return first, gl.minimum(first + part, end)
 
 
 @gluon.jit
 def turns_of(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """How many tiles this program of a persistent launch computes alone, and all that it computes any of."""
-    alone = gl.cdiv(gl.maximum(whole - gl.program_id(0), 0), gl.num_programs(0))
+    program, programs = _program(T)
+    alone = gl.cdiv(gl.maximum(whole - program, 0), programs)
     turns = alone
     if T.streams:
         stages = gl.cdiv(tiles, T.slices)
@@ -248,9 +259,9 @@ def turns_of(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-unty
 def turn(i, alone, whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """The i-th tile that this program of a persistent launch computes any of, the first of its stages and the one
     behind the last, and the first of the programs that give to this one, up to which they do."""
-    program = gl.program_id(0)
+    program, programs = _program(T)
     stages = gl.cdiv(tiles, T.slices)
-    tile = program + i * gl.num_programs(0)
+    tile = program + i * programs
     first = 0
     last = stages
     giver = program
@@ -265,7 +276,7 @@ def turn(i, alone, whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[n
             last = gl.minimum(end - tile * stages, stages)
             if last == stages:
                 giver = tile * stages // part
-            tile += whole
+            tile = gl.minimum(tile + whole, all_tiles(M, N, T) - 1)  # one without any is not to look beyond W
     return tile, first, last, giver
 
 
@@ -313,17 +324,24 @@ def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m
         total, rm, rn = add_up(acc, rank, T)
         _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
         depart()
-    elif T.slices > 1:
-        TOKENS: gl.constexpr = tokens_at_once(T)
-        PARTS: gl.constexpr = BLOCK_M // TOKENS
-        for part in gl.static_range(PARTS):
-            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
-            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
-    elif T.split > 1:
+    elif T.split > 1 and T.slices == 1:
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
         rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
         rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(T))), 0)
         gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+    else:
+        leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
+
+
+@gluon.jit
+def leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """`leave` of sums [ROWS, BLOCK_M] that no other program of a cluster has a share of."""
+    if T.slices > 1:
+        TOKENS: gl.constexpr = tokens_at_once(T)
+        PARTS: gl.constexpr = T.block_m // TOKENS
+        for part in gl.static_range(PARTS):
+            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
     else:
         wait_for_sharers(T)
         _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)

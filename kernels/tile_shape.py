@@ -50,7 +50,8 @@ class TiledConfig:
     at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`. persistent: one program to each
     place on the machine, which computes tile after tile: copies for the next go on while one leaves. Where there is a
     producer, and room for y. Tiles that do not fill a round of all programs are then shared out among them with
-    split_k > 1 (`streamed_sums`), and are computed by some with split_k = 1."""
+    split_k > 1 (`streamed_sums`), by clusters of two if cluster is more than 1, and are computed by some with
+    split_k = 1."""
 
     block_m: int
     block_n: int
@@ -247,7 +248,9 @@ def barrier_offset(t):  # type: ignore[no-untyped-def]
 @cache  # all of these: a launch asks for them, and what kernels share is slow to call
 def _adders(config: TiledConfig) -> int:
     """Where sums fit the stages of 4 bits, so that they do with more."""
-    adders = 1 if config.persistent else min(config.cluster, config.split_k)
+    adders = min(config.cluster, config.split_k)
+    if config.persistent:  # mail of more than two is where y leaves through, and so are sums of slices
+        adders = min(adders, 2 if config.slices == 1 else 1)
     tile = Tile(
         config.block_m, config.block_n, config.stages, config.warps, config.split_k, adders, slices=config.slices
     )
@@ -266,6 +269,8 @@ def _within(config: TiledConfig, tiles: int, bits: int) -> TiledConfig:
     stages = -(-tiles // config.slices)
     if stages < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
         runs = replace(config, persistent=False).as_it_runs()
+    if runs.persistent and stages % (runs.adders * runs.unroll):
+        runs = replace(runs, cluster=1)
     shares = 1 if runs.persistent else runs.split_k
     return runs if stages % (shares * runs.unroll) == 0 else replace(runs, unroll=1)
 

@@ -172,7 +172,7 @@ def _tiled_splits(
     if m >= 256:  # where copies of x are what tiles wait for
         found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
     found += [replace(c, unroll=u) for c in found if c.adders == c.split_k for u in _UNROLLS]
-    found += [replace(c, persistent=True) for c in found if c.split_k <= 2 and c.cluster == 1]
+    found += [replace(c, persistent=True) for c in found if c.split_k <= 2 and c.cluster <= 2]
     return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP), bits)]
 
 

@@ -30,11 +30,12 @@ from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
-from compress.kernels.streamed_sums import give, mark_given, shares, with_given, workspace_floats
+from compress.kernels.streamed_sums import give, halves, mark_given, shares, with_given, workspace_floats
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
     leave,
+    leave_alone,
     next_stage,
     open_memory,
     share_of_tile,
@@ -95,8 +96,19 @@ def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, fir
             n0, m0 = tile_origin(tile, M, N, T)
             stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0,
                                    M, N, stage, phase, T)  # fmt: skip
+    _attend_leaving(whole, tiles, part, M, N, T)
+
+
+@gluon.jit
+def _attend_leaving(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The part of a warp in what its cluster does at its end, if it adds up or shares x."""
     if ctas_of(T) > 1:
-        attend_sums(T)
+        if T.persistent:
+            alone, turns = turns_of(whole, tiles, part, M, N, T)
+            if turns > alone:
+                attend_sums(T)
+        else:
+            attend_sums(T)
 
 
 @gluon.jit
@@ -125,8 +137,7 @@ def _attend(first, last, M, N, tiles, part, whole, T: gl.constexpr):  # type: ig
         wait_for_sharers(T)
     if T.unroll > 1:
         _relay(first, last, M, N, tiles, part, whole, T)
-    if ctas_of(T) > 1:
-        attend_sums(T)
+    _attend_leaving(whole, tiles, part, M, N, T)
 
 
 @gluon.jit
@@ -135,14 +146,13 @@ def _attend_given(workspace_ptr, M, N, tiles, part, whole, T: gl.constexpr):  # 
     if ctas_of(T) > 1:
         attend_opening(T)
         wait_for_sharers(T)
-    if T.streams:
+    if T.streams and T.adders == 1:
         alone, turns = turns_of(whole, tiles, part, M, N, T)
         if turns > alone:  # where it gives any, that comes first
             _, _, last, _ = turn(alone, alone, whole, tiles, part, M, N, T)
             if last < gl.cdiv(tiles, T.slices):
                 mark_given(workspace_ptr, T)
-    if ctas_of(T) > 1:
-        attend_sums(T)
+    _attend_leaving(whole, tiles, part, M, N, T)
 
 
 @gluon.jit
@@ -164,14 +174,16 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
             tile, first, last, _ = turn(gl.minimum(i + 1, turns - 1), alone, whole, tiles, part, M, N, T)
             n0, m0 = tile_origin(tile, M, N, T)
             part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
-            if T.streams:
+            if T.streams and T.adders == 1:
                 _, _, end, giver = turn(i, alone, whole, tiles, part, M, N, T)
                 acc = with_given(acc, workspace_ptr, giver, gl.program_id(0), T)
                 if end == gl.cdiv(tiles, T.slices):
                     leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
                 else:
                     give(acc, workspace_ptr, T)
-            else:
+            elif i < alone:
+                leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, here_n, here_m, M, N, T)
+            elif T.adders > 1:
                 leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
             again = True
         tma.store_wait(0)
@@ -248,11 +260,14 @@ def launch_producer(
     stages = -(-tiles // config.slices)
     programs, whole, part = n_tiles * split // ctas, 0, -(-stages // split)
     if config.persistent:
-        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits)
-        programs, whole = min(n_tiles, at_once), n_tiles
-        if config.streams:
+        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits) // ctas * ctas
+        whole, part = n_tiles, stages
+        if ctas > 1:
+            whole, part = halves(n_tiles, stages, at_once)
+        elif config.streams:
             whole, part = shares(n_tiles, stages, at_once, config.unroll)
-            programs = at_once if whole else -(-n_tiles * stages // part)
+        programs = -(-min(at_once, whole or -(-n_tiles * stages // part)) // ctas)
+        if config.streams and ctas == 1:
             floats = workspace_floats(programs, config.block_m, config.slices * config.block_n, config.warps)
             workspace = torch.empty(floats, dtype=torch.float32, device=y.device)
     _producer_kernel[(programs,)](

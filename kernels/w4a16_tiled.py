@@ -174,7 +174,8 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     if m > 128:
         # four stages of 8 bits and y are more than a multiprocessor has
         each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, producer=True, unroll=2, persistent=True)
-        found = each.within(tiles, bits)
+        rest = -(-n // 128) * -(-m // 128) % n_sms
+        found = replace(each, cluster=2 if 2 * rest <= n_sms else 1).within(tiles, bits)
         return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)
     block_m = max(16, 1 << (m - 1).bit_length())
     block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4

@@ -103,7 +103,7 @@ def test_a_neighbour_is_taken_only_if_its_kernel_takes_the_shape() -> None:
 
 
 def test_many_tokens_want_the_very_shape_of_kernels_that_fill_the_machine() -> None:
-    """Oracle: the docstring: a neighbour's entry at 128 tokens, not above; another kernel's at both; its own at both."""
+    """Oracle: the docstring: a neighbour's entry at 128 tokens, not above; another kernel's and its own at both."""
     for kernel, above in (("w4a16_tiled", False), ("w8a16_tiled", False), ("w8a8", True)):
         table = {key(m=m): Entry(Choice(kernel, {}), 1.0) for m in (128, 1024)}
         assert nearest(key(n=4352, m=128), table) and bool(nearest(key(n=4352, m=1024), table)) == above
