@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_sharers
 from compress.kernels.common import n_sms, shared_bytes
-from compress.kernels.gluon_parts import fetch_first_descriptor, pdl_wait
+from compress.kernels.gluon_parts import cluster_rank, fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.streamed_sums import give, halves, mark_given, shares, with_given, workspace_floats
 from compress.kernels.tile_parts import (
@@ -206,10 +206,14 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
     fetch_first_descriptor("_producer_kernel")  # of x
-    tile, rank, first, last = share_of_tile(first_tile, tiles, part, T)
     if T.persistent:
         alone, _ = turns_of(whole, tiles, part, M, N, T)
         tile, first, last, _ = turn(0, alone, whole, tiles, part, M, N, T)
+        rank = 0
+        if ctas_of(T) > 1:
+            rank = cluster_rank()
+    else:
+        tile, rank, first, last = share_of_tile(first_tile, tiles, part, T)
     n0, m0 = tile_origin(tile, M, N, T)
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     gl.warp_specialize(
