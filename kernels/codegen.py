@@ -217,7 +217,7 @@ def compile_one(task: Task) -> list[Code] | str:
     scheme, dtype, machine = Scheme.parse(label), getattr(torch, dtype_name), MACHINES[gpu]
     try:
         with compiling_for(machine) as found:
-            for n, depth in specimens(config, scheme, k, machine.n_sms):
+            for n, depth in specimens(config, scheme, k, machine.n_sms, m):
                 x = torch.zeros(m, depth, dtype=dtype)
                 TUNABLES[name].launch(x, _packed(scheme, name, n, depth, dtype), config)
     except Exception as problem:  # what does not compile is an answer, shown like the others

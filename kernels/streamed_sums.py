@@ -24,6 +24,8 @@ comes: a mark is 128 bits that nothing else is likely to have left there, 1 in 1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
@@ -32,22 +34,32 @@ from compress.kernels.tile_shape import blocks_of, mma_layout, rows_of
 
 LEAST_STAGES = 4  # of a program: fewer would take longer to add up than to compute
 WORTH_STAGES = 5  # of a program, that it has to save: what adding up takes
+SHORT_STAGES = 16  # of a tile, up to which two add up a half each, however few tiles there are
 _MARK = (0x9E3779B9, 0x7F4A7C15, 0xF39CC060, 0x5CEDC834)
 
 
-def shares(n_tiles: int, stages: int, at_once: int, unroll: int) -> tuple[int, int]:
-    """How many tiles of so many stages each programs, so many at once, compute alone, and the stages of the others that
-    each has: a multiple of `unroll`, as those of a tile are. All alone where nearly all would have a tile."""
+@dataclass(frozen=True)
+class Shares:
+    """Of tiles, `whole` are computed by a program each, and `part` stages of the others by each program; in pairs: by
+    clusters of two, half a tile each, which add up through each other's shared memory."""
+
+    whole: int
+    part: int
+    in_pairs: bool = False
+
+
+def shares(n_tiles: int, stages: int, at_once: int, unroll: int, pairs: bool) -> Shares:
+    """How persistent programs, so many at once, share out tiles of so many stages. Parts are multiples of `unroll`, as
+    the stages of a tile are; in pairs only where these may be, and a tile would not be shared by more than three. All
+    tiles are whole where parts would be nearly as long."""
     rest = n_tiles % at_once
+    fit = 2 * rest <= at_once // 2 * 2 and stages % (2 * unroll) == 0
+    if pairs and rest and fit and (4 * rest > at_once or stages <= SHORT_STAGES):
+        return Shares(n_tiles - rest, stages // 2, in_pairs=True)
     part = max(-(-rest * stages // at_once), LEAST_STAGES)
     part = -(-part // unroll) * unroll
-    return (n_tiles - rest, part) if part + WORTH_STAGES < stages else (n_tiles, stages)
-
-
-def halves(n_tiles: int, stages: int, at_once: int) -> tuple[int, int]:
-    """`shares` where clusters of two add up, which half a tile each: where that is room for the rest."""
-    rest = n_tiles % at_once
-    return (n_tiles - rest, stages // 2) if 2 * rest <= at_once else (n_tiles, stages)
+    worth = rest > 0 and part + WORTH_STAGES < stages
+    return Shares(n_tiles - rest, part) if worth else Shares(n_tiles, stages)
 
 
 def workspace_floats(programs: int, block_m: int, rows: int, warps: int) -> int:
@@ -56,43 +68,38 @@ def workspace_floats(programs: int, block_m: int, rows: int, warps: int) -> int:
 
 
 @gluon.constexpr_function
-def _at_mark(warp, do):  # type: ignore[no-untyped-def]
-    """PTX on the 16 bytes `at` of a warp, its number made `a` by PTX `warp`, behind the address $1."""
-    declared = "{.reg .pred p, q; .reg .b32 a, b, c, d; .reg .b64 at; "
-    return declared + warp + "mul.wide.u32 at, a, 16; add.s64 at, at, $1; " + do + "mov.b32 $0, 0;}"
-
-
-_OWN: gl.constexpr = gl.constexpr("mov.u32 a, %tid.x; shr.u32 a, a, 5; ")
-
-
-@gluon.constexpr_function
 def _mark_asm(warps):  # type: ignore[no-untyped-def]
-    """By lane w, for warp w, of one of two warps, the even one."""
-    even = "mov.u32 a, %tid.x; and.b32 a, a, 32; setp.eq.u32 q, a, 0; mov.u32 a, %laneid; "
+    """Set the marks of this program's warps behind the address $1, lane w that of warp w; of two warps the even one."""
     words = "".join(f"mov.b32 {r}, {word}; " for r, word in zip("abcd", _MARK, strict=True))
-    store = "@p st.relaxed.gpu.global.v4.b32 [at], {a, b, c, d}; "
-    return _at_mark(even, f"setp.lt.and.u32 p, a, {warps}, q; fence.acq_rel.gpu; " + words + store)
+    return (
+        "{.reg .pred p, q; .reg .b32 a, b, c, d; .reg .b64 at; mov.u32 a, %tid.x; and.b32 a, a, 32; "
+        f"setp.eq.u32 q, a, 0; mov.u32 a, %laneid; setp.lt.and.u32 p, a, {warps}, q; mul.wide.u32 at, a, 16; "
+        "add.s64 at, at, $1; fence.acq_rel.gpu; " + words
+        + "@p st.relaxed.gpu.global.v4.b32 [at], {a, b, c, d}; mov.b32 $0, 0;}"
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
-def _wait_asm():  # type: ignore[no-untyped-def]
+def _collect_asm(warps):  # type: ignore[no-untyped-def]
+    """Wait for this warp's marks of programs $2 .. $3 - 1 behind the address $1, and take them away: each lane those of
+    every 32nd program."""
     differ = "".join(f"xor.b32 {r}, {r}, {word}; " for r, word in zip("abcd", _MARK, strict=True))
-    load = "again: ld.relaxed.gpu.global.v4.b32 {a, b, c, d}, [at]; " + differ
-    repeat = "or.b32 a, a, b; or.b32 c, c, d; or.b32 a, a, c; setp.ne.u32 q, a, 0; @q bra again; "
-    return _at_mark(_OWN.value, load + repeat + "fence.acq_rel.gpu; ")
-
-
-@gluon.constexpr_function
-def _unmark_asm():  # type: ignore[no-untyped-def]
-    first = "bar.warp.sync 0xffffffff; mov.u32 a, %laneid; setp.eq.u32 p, a, 0; mov.b32 a, 0; "
-    return _at_mark(_OWN.value, first + "@p st.relaxed.gpu.global.v4.b32 [at], {a, a, a, a}; ")
+    return (
+        "{.reg .pred p; .reg .b32 a, b, c, d, program; .reg .b64 at; mov.u32 program, %laneid; "
+        "add.s32 program, program, $2; next: setp.ge.s32 p, program, $3; @p bra all; "
+        f"mov.u32 a, %tid.x; shr.u32 a, a, 5; mad.lo.s32 a, program, {warps}, a; mul.wide.u32 at, a, 16; "
+        "add.s64 at, at, $1; again: ld.relaxed.gpu.global.v4.b32 {a, b, c, d}, [at]; " + differ
+        + "or.b32 a, a, b; or.b32 c, c, d; or.b32 a, a, c; setp.ne.u32 p, a, 0; @p bra again; "
+        "st.relaxed.gpu.global.v4.b32 [at], {a, a, a, a}; add.s32 program, program, 32; bra next; "
+        "all: bar.warp.sync 0xffffffff; fence.acq_rel.gpu; mov.b32 $0, 0;}"
+    )  # fmt: skip
 
 
 @gluon.jit
-def _with_marks(workspace_ptr, program, asm: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _marks(workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Address of the first program's."""
     sums = gl.num_programs(0).to(gl.int64) * (T.block_m * rows_of(T))
-    marks = (workspace_ptr + (sums + program * (4 * T.warps))).to(gl.int64)
-    gl.inline_asm_elementwise(asm, "=r,l", [marks], dtype=gl.int32, is_pure=False, pack=1)
+    return (workspace_ptr + sums).to(gl.int64)
 
 
 @gluon.jit
@@ -119,6 +126,12 @@ def _sums_of(workspace_ptr, program, lines):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _load_lines(workspace_ptr, program, lines):  # type: ignore[no-untyped-def]
+    """Past the L1, which does not see what other multiprocessors write."""
+    return gl.load(_sums_of(workspace_ptr, program, lines), cache_modifier=".cg")
+
+
+@gluon.jit
 def give(acc, workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Leave sums acc [ROWS, BLOCK_M] to who keeps their tile. Once in a launch; `mark_given` is another warp's part."""
     lines = _in_lines(acc, T)
@@ -131,17 +144,28 @@ def mark_given(workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Mark what this program gives, once it is there. By two warps without consumers' work, once in a launch."""
     mark: gl.constexpr = _mark_asm(T.warps)
     wait_given(T)
-    _with_marks(workspace_ptr, gl.program_id(0), mark, T)
+    own = _marks(workspace_ptr, T) + gl.program_id(0) * (16 * T.warps)
+    gl.inline_asm_elementwise(mark, "=r,l", [own], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def with_given(acc, workspace_ptr, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """acc [ROWS, BLOCK_M] and what programs first .. last - 1 give, as soon as they do."""
-    wait: gl.constexpr = _wait_asm()
-    unmark: gl.constexpr = _unmark_asm()
+    """acc [ROWS, BLOCK_M] and what programs first .. last - 1 give, once all of them do."""
+    collect: gl.constexpr = _collect_asm(T.warps)
+    AT_ONCE: gl.constexpr = 2 if blocks_of(T) * T.block_m <= 128 else 1  # loads, as far as registers allow
     lines = _in_lines(acc, T)
-    for program in range(first, last):
-        _with_marks(workspace_ptr, program, wait, T)
-        lines += gl.load(_sums_of(workspace_ptr, program, lines), cache_modifier=".cg")
-        _with_marks(workspace_ptr, program, unmark, T)
+    if first < last:
+        marks = _marks(workspace_ptr, T)
+        gl.inline_asm_elementwise(
+            collect, "=r,l,r,r", [marks, gl.to_tensor(first), gl.to_tensor(last)], dtype=gl.int32, is_pure=False, pack=1
+        )
+        whole = first + (last - first) // AT_ONCE * AT_ONCE
+        for program in range(first, whole, AT_ONCE):
+            given = ()
+            for i in gl.static_range(AT_ONCE):
+                given = given + (_load_lines(workspace_ptr, program + i, lines),)
+            for i in gl.static_range(AT_ONCE):
+                lines += given[i]
+        for program in range(whole, last):
+            lines += _load_lines(workspace_ptr, program, lines)
     return _from_lines(lines, T)

@@ -23,6 +23,7 @@ from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.contenders import zero_of
 from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
 from compress.kernels.problem import GROUP, W4G128, Problem, Scheme, schemes
+from compress.kernels.streamed_sums import SHORT_STAGES
 
 _ANY_K = 1 << 20
 _DTYPES = ("float16", "bfloat16")  # of activations and scales
@@ -172,7 +173,7 @@ def _tiled_splits(
     if m >= 256:  # where copies of x are what tiles wait for
         found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
     found += [replace(c, unroll=u) for c in found if c.adders == c.split_k for u in _UNROLLS]
-    found += [replace(c, persistent=True) for c in found if c.split_k <= 2 and c.cluster <= 2]
+    found += [replace(c, persistent=True) for c in found if c.split_k == c.cluster <= 2]
     return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP), bits)]
 
 
@@ -269,19 +270,25 @@ def in_words(config: Mapping[str, Any]) -> str:
     return " ".join(f"{name} {int(value)}" for name, value in config.items())
 
 
-def specimens(config: Any, scheme: Scheme, k: int, n_sms: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Small weights [N, K] whose launches take every kernel of a configuration that larger ones do: of less than a wave
-    of programs, and of more, whose rest some kernels treat in a way of their own. K is whole lines of stages, or
-    another kernel would run; in the larger weight where those are no more than 4096. A group of a whole row keeps K,
-    which is a constant of the code then."""
-    less = min(k, 1024)
+def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Small weights [N, K] whose launches with M = m take every kernel of a configuration that larger ones do: of less
+    than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of so many that
+    clusters share them out. K is whole lines of stages, or another kernel would run; in the larger weight where those
+    are no more than 4096. A group of a whole row keeps K, which is a constant of the code then."""
+    less, rows = min(k, 1024), 2 * config.block_n * n_sms + 512
     if scheme.group is None:
         less = k
     elif isinstance(config, w4a16_tiled.TiledConfig):
         line = GROUP * config.slices * config.split_k * config.unroll
         k, whole = math.lcm(k, line), math.lcm(less, line)
         less = whole if whole <= 4096 else less
-    return (512, k), (2 * config.block_n * n_sms + 512, less)
+    if isinstance(config, w4a16_tiled.TiledConfig) and config.streams:
+        places = n_sms * (2 if config.warps <= 4 and config.block_m <= 64 else 1)
+        less, rows = (
+            max(less, 2 * GROUP * SHORT_STAGES),
+            config.block_n * -(-3 * places // (8 * -(-m // config.block_m))),
+        )
+    return (512, k), (rows, less)
 
 
 def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:

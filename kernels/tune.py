@@ -83,8 +83,8 @@ def compile_tasks(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -
 def processes_that_fit(wanted: int, tasks: list[Task], free_bytes: int, n_sms: int) -> int:
     """Processes that may compile at once: each makes and packs a problem on the GPU, some 6 bytes a weight at its peak
     (measured on a CPU, for 8, 4 and 3 bits) and as much again in freed blocks of an allocator."""
-    weights = [n * k for c, s, depth in {(t[1], t[4], t[5]) for t in tasks}
-               for n, k in specimens(c, Scheme.parse(s), depth, n_sms)]  # fmt: skip
+    weights = [n * k for c, s, depth, m in {(t[1], t[4], t[5], t[2]) for t in tasks}
+               for n, k in specimens(c, Scheme.parse(s), depth, n_sms, m)]  # fmt: skip
     return max(1, min(wanted, free_bytes // (_CONTEXT_BYTES + 12 * max(weights, default=0))))
 
 
@@ -92,7 +92,7 @@ def _compile(task: Task) -> None:
     """Compile one kernel into Triton's disk cache by running it on small problems with the same specialization."""
     kernel, config, m, dtype_name, label, k, known, named = task
     tunable, dtype, scheme = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label)
-    for n, depth in specimens(config, scheme, k, n_sms(torch.device("cuda"))):
+    for n, depth in specimens(config, scheme, k, n_sms(torch.device("cuda")), m):
         p = scheme.problem(n, depth, "cuda")
         weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
         for full in [config] if named else tunable.expand(m, n, k, config):

@@ -17,6 +17,7 @@ consumers are the default partition: ptxas serializes the MMAs of a second one (
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -30,7 +31,7 @@ from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import cluster_rank, fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
-from compress.kernels.streamed_sums import give, halves, mark_given, shares, with_given, workspace_floats
+from compress.kernels.streamed_sums import give, mark_given, shares, with_given, workspace_floats
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
@@ -245,6 +246,15 @@ def max_registers(config: TiledConfig) -> int:
     return config.registers or min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
 
 
+def paired_where_it_pays(config: TiledConfig, n_tiles: int, tiles: int, device: torch.device, bits: int) -> TiledConfig:
+    """A configuration as it computes so many tiles of y, of so many of K: with clusters where these share any out."""
+    if config.streams and config.cluster > 1:
+        at_once = places(config, n_sms(device), shared_bytes(device), bits) // 2 * 2
+        if not shares(n_tiles, -(-tiles // config.slices), at_once, config.unroll, True).in_pairs:
+            return replace(config, cluster=1)
+    return config
+
+
 @cache
 def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
     """Programs that run at once, by shared memory and registers."""
@@ -266,10 +276,9 @@ def launch_producer(
     if config.persistent:
         at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits) // ctas * ctas
         whole, part = n_tiles, stages
-        if ctas > 1:
-            whole, part = halves(n_tiles, stages, at_once)
-        elif config.streams:
-            whole, part = shares(n_tiles, stages, at_once, config.unroll)
+        if config.streams:
+            found = shares(n_tiles, stages, at_once, config.unroll, ctas > 1)
+            whole, part = found.whole, found.part
         programs = -(-min(at_once, whole or -(-n_tiles * stages // part)) // ctas)
         if config.streams and ctas == 1:
             floats = workspace_floats(programs, config.block_m, config.slices * config.block_n, config.warps)

@@ -67,7 +67,7 @@ from compress.kernels.tile_parts import (
 from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.tile_shape import GROUP_N, PIECE, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_producer import launch_producer, places
+from compress.kernels.w4a16_producer import launch_producer, paired_where_it_pays, places
 from compress.kernels.wna16_layout import PackedWeight
 
 
@@ -174,8 +174,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     if m > 128:
         # four stages of 8 bits and y are more than a multiprocessor has
         each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, producer=True, unroll=2, persistent=True)
-        rest = -(-n // 128) * -(-m // 128) % n_sms
-        found = replace(each, cluster=2 if 2 * rest <= n_sms else 1).within(tiles, bits)
+        found = replace(each, cluster=2).within(tiles, bits)
         return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)
     block_m = max(16, 1 << (m - 1).bit_length())
     block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
@@ -201,6 +200,7 @@ def launch(
     config = config.within(weight.words.shape[0], weight.bits)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
     if split == 1 or config.persistent:
+        config = paired_where_it_pays(config, programs, weight.words.shape[0], x.device, weight.bits)
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
     at_once = slots(config, n_sms(x.device), shared_bytes(x.device), weight.bits) // config.sharers * config.sharers

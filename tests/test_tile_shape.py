@@ -17,8 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
-from compress.kernels import dispatch, streamed_sums, table_file, tile_shape, tunables, w4a16_decode
+from compress.kernels import dispatch, table_file, tile_shape, tunables, w4a16_decode
 from compress.kernels.problem import Scheme
+from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
 
 # -- what a configuration runs as ------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def test_shipped_tiles_run_as_they_are_named_and_compile_as_they_run() -> None:
         assert config == config.as_it_runs().within(tiles)
         bits, group, symmetric, int8 = dispatch.parse_scheme(key.scheme, key.k)
         scheme = Scheme(bits, group if group < key.k else None, symmetric, int8)
-        (_, k), _ = tunables.specimens(config, scheme, key.k if scheme.group is None else 1024, 132)
+        (_, k), _ = tunables.specimens(config, scheme, key.k if scheme.group is None else 1024, 132, key.m)
         assert config.within(k // 128) == config
 
 
@@ -127,30 +128,38 @@ def test_what_is_shared_out_is_not_split_otherwise() -> None:
         assert (tile.split, tile.adders, tile.persistent, tile.streams) == (1, cluster, True, True)
 
 
-def test_clusters_of_two_halve_what_they_have_room_for() -> None:
-    """Oracle: by hand, of 132 programs: 192 tiles leave 60, 198 leave 66, 199 leave 67, too many for 66 clusters."""
-    found = [streamed_sums.halves(n, 32, 132) for n in (60, 132, 192, 198, 199)]
-    assert found == [(0, 16), (132, 16), (132, 16), (132, 16), (199, 32)]
+@pytest.mark.parametrize(
+    ("tiles", "stages", "unroll", "expected"),
+    [
+        (192, 32, 2, Shares(132, 16, True)),  # 60 are left: 120 halves
+        (198, 32, 2, Shares(132, 16, True)),
+        (199, 32, 2, Shares(132, 18)),  # 67 for 66 clusters: 67 x 32 stages for 132 programs, 16.2, 9 lines of two
+        (192, 34, 2, Shares(132, 16)),  # halves of 17 are no lines of two
+        (160, 32, 2, Shares(132, 8)),  # 28 are left: 6.8 stages for each are less than halves
+        (160, 16, 2, Shares(132, 8, True)),  # a short K: fewer add up
+        (144, 32, 1, Shares(132, 4)),  # 2.9 would be too few
+        (100, 32, 2, Shares(0, 26)),  # less than a round: 24.2
+        (120, 32, 2, Shares(120, 32)),  # 29.1: nearly a tile
+        (264, 32, 2, Shares(264, 32)),
+    ],
+)
+def test_how_a_last_round_is_shared_out(tiles: int, stages: int, unroll: int, expected: Shares) -> None:
+    """Oracle: by hand, of 132 programs."""
+    assert shares(tiles, stages, 132, unroll, True) == expected
+    alone = shares(tiles, stages, 132, unroll, False)
+    assert alone == expected or (expected.in_pairs and not alone.in_pairs)
 
 
 @pytest.mark.parametrize("unroll", [1, 2, 4])
 @pytest.mark.parametrize("at_once", [7, 132, 264])
 def test_every_stage_is_shared_out_once(at_once: int, unroll: int) -> None:
     """Oracle: counting: whole rounds leave less than one, the parts of the rest cover it with no more programs than run
-    at once, whole lines of stages each, of two tiles at most; or all tiles are alone, where parts would be nearly as
-    long as they."""
+    at once, whole lines of stages each, of two tiles at most."""
     for tiles, stages in itertools.product((1, 3, 60, 96, 131, 132, 133, 192, 264, 700), (4, 8, 28, 32, 112)):
-        whole, part = streamed_sums.shares(tiles, stages, at_once, unroll)
-        rest = tiles - whole
-        equal = max(tiles % at_once * stages / at_once, streamed_sums.LEAST_STAGES)
-        if rest == 0:
-            assert tiles % at_once == 0 or (part == stages < equal + unroll + streamed_sums.WORTH_STAGES + 1)
-            continue
-        assert whole % at_once == 0 and 0 < rest < at_once
-        assert part % unroll == 0 and equal <= part < stages - streamed_sums.WORTH_STAGES
-        assert -(-rest * stages // part) <= at_once
-        # no more than a line beyond an equal share, or the least that pays
-        assert part < rest * stages / at_once + unroll or part - unroll < streamed_sums.LEAST_STAGES
+        found = shares(tiles, stages, at_once, unroll, True)
+        rest = tiles - found.whole
+        assert 0 <= rest < at_once and found.part % unroll == 0 and found.part <= stages
+        assert -(-rest * stages // found.part) <= at_once and (rest == 0 or found.whole % at_once == 0)
 
 
 def test_x_is_shared_by_what_is_not_persistent_after_all() -> None:
