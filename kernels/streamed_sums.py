@@ -14,6 +14,9 @@ Who has the end of a tile keeps it, adds what others give of it in their order, 
 What a program gives it computes first, and it waits only for programs of lower number, which started no later: no two
 wait for each other.
 
+Where the tiles left are no more than half of the programs, two that are a cluster may halve one each instead, and add
+up through each other's shared memory (`cluster_sums`), which takes half as long.
+
     workspace   | sums [programs, ROWS BLOCK_M] float32 | marks [programs, WARPS, 4] int32 |
 
 Each warp of the consumers gives to the same warp of another program, which has the same elements of a tile, in an order
@@ -33,7 +36,7 @@ from compress.kernels.stage_barriers import arrive_given, wait_given
 from compress.kernels.tile_shape import blocks_of, mma_layout, rows_of
 
 LEAST_STAGES = 4  # of a program: fewer would take longer to add up than to compute
-WORTH_STAGES = 5  # of a program, that it has to save: what adding up takes
+WORTH_STAGES = 7  # of a program, that it has to save: what adding up takes
 SHORT_STAGES = 16  # of a tile, up to which two add up a half each, however few tiles there are
 _MARK = (0x9E3779B9, 0x7F4A7C15, 0xF39CC060, 0x5CEDC834)
 
@@ -50,11 +53,13 @@ class Shares:
 
 def shares(n_tiles: int, stages: int, at_once: int, unroll: int, pairs: bool) -> Shares:
     """How persistent programs, so many at once, share out tiles of so many stages. Parts are multiples of `unroll`, as
-    the stages of a tile are; in pairs only where these may be, and a tile would not be shared by more than three. All
+    the stages of a tile are. In pairs where these may be and there is room for them, but for few tiles after a single
+    round: after more of them programs are no longer in step, and the more add up a tile, the longer they wait. All
     tiles are whole where parts would be nearly as long."""
     rest = n_tiles % at_once
     fit = 2 * rest <= at_once // 2 * 2 and stages % (2 * unroll) == 0
-    if pairs and rest and fit and (4 * rest > at_once or stages <= SHORT_STAGES):
+    few = 4 * rest <= at_once and n_tiles < 2 * at_once and stages > SHORT_STAGES
+    if pairs and rest and fit and not few:
         return Shares(n_tiles - rest, stages // 2, in_pairs=True)
     part = max(-(-rest * stages // at_once), LEAST_STAGES)
     part = -(-part // unroll) * unroll

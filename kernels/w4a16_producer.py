@@ -75,14 +75,12 @@ def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, fir
         attend_opening(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last,
-                   True, False, False, T)  # fmt: skip
+                   first + i < last, True, False, False, T)  # fmt: skip
     wait_for_sharers(T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last,
-                   False, True, False, T)  # fmt: skip
+                   first + i < last, False, True, False, T)  # fmt: skip
     stage = 0
     phase = 0
     if last - first < STAGES:  # the others have not been filled, and who waits for their other phase does not wait
@@ -205,7 +203,8 @@ def _producer_kernel(  # type: ignore[no-untyped-def]
     x_desc, x_piece_desc, words_desc, out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr,
     M, N, K, tiles, first_tile, part, whole, T: gl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace."""
+    """One [BLOCK_N, BLOCK_M] tile of y^T, or one split of it, whose sums go to the workspace; or tile after tile, the
+    first `whole` alone, and `part` stages of the others."""
     fetch_first_descriptor("_producer_kernel")  # of x
     if T.persistent:
         alone, _ = turns_of(whole, tiles, part, M, N, T)

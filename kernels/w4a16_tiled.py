@@ -84,14 +84,12 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last,
-                   True, False, True, T)  # fmt: skip
+                   first + i < last, True, False, True, T)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last,
-                   False, True, True, T)  # fmt: skip
+                   first + i < last, False, True, True, T)  # fmt: skip
 
     stage = 0
     phase = 0

@@ -138,8 +138,9 @@ def test_what_is_shared_out_is_not_split_otherwise() -> None:
         (160, 32, 2, Shares(132, 8)),  # 28 are left: 6.8 stages for each are less than halves
         (160, 16, 2, Shares(132, 8, True)),  # a short K: fewer add up
         (144, 32, 1, Shares(132, 4)),  # 2.9 would be too few
-        (100, 32, 2, Shares(0, 26)),  # less than a round: 24.2
-        (120, 32, 2, Shares(120, 32)),  # 29.1: nearly a tile
+        (292, 32, 2, Shares(264, 16, True)),  # the same 28 after a second round
+        (96, 32, 2, Shares(0, 24)),  # less than a round: 23.3
+        (100, 32, 2, Shares(100, 32)),  # 24.2, 13 lines: nearly a tile
         (264, 32, 2, Shares(264, 32)),
     ],
 )
