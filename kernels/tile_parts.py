@@ -223,64 +223,6 @@ def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _program(T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Number of this program among all, clusters one behind the other, and how many there are."""
-    program = gl.program_id(0) * ctas_of(T)
-    if ctas_of(T) > 1:
-        program += cluster_rank()
-    return program, gl.num_programs(0) * ctas_of(T)
-
-
-@gluon.jit
-def _streamed(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of the stages of all tiles behind the first `whole` this program computes: the first, and the one behind
-    the last."""
-    end = (all_tiles(M, N, T) - whole) * gl.cdiv(tiles, T.slices)
-    program, _ = _program(T)
-    first = gl.minimum(program * part, end)
-    return first, gl.minimum(first + part, end)
-
-
-@gluon.jit
-def turns_of(whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """How many tiles this program of a persistent launch computes alone, and all that it computes any of."""
-    program, programs = _program(T)
-    alone = gl.cdiv(gl.maximum(whole - program, 0), programs)
-    turns = alone
-    if T.streams:
-        stages = gl.cdiv(tiles, T.slices)
-        first, last = _streamed(whole, tiles, part, M, N, T)
-        if last > first:
-            turns += (last - 1) // stages - first // stages + 1
-    return alone, turns
-
-
-@gluon.jit
-def turn(i, alone, whole, tiles, part, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The i-th tile that this program of a persistent launch computes any of, the first of its stages and the one
-    behind the last, and the first of the programs that give to this one, up to which they do."""
-    program, programs = _program(T)
-    stages = gl.cdiv(tiles, T.slices)
-    tile = program + i * programs
-    first = 0
-    last = stages
-    giver = program
-    if T.streams:
-        if i >= alone:
-            begin, end = _streamed(whole, tiles, part, M, N, T)
-            later = (end - 1) // stages
-            tile = begin // stages
-            if (i == alone) & (later > tile):  # the begin of the later one first: another waits for it
-                tile = later
-            first = gl.maximum(begin - tile * stages, 0)
-            last = gl.minimum(end - tile * stages, stages)
-            if last == stages:
-                giver = tile * stages // part
-            tile = gl.minimum(tile + whole, all_tiles(M, N, T) - 1)  # one without any is not to look beyond W
-    return tile, first, last, giver
-
-
-@gluon.jit
 def share_of_tile(first_tile, tiles, per_split, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Which tile this program computes, its number in its cluster, and its share of K of so many tiles: the first of
     its stages, and the one behind the last."""

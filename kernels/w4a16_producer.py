@@ -31,7 +31,15 @@ from compress.kernels.cluster_sums import attend_opening, attend_sums, wait_for_
 from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import cluster_rank, fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
-from compress.kernels.streamed_sums import give, mark_given, shares, with_given, workspace_floats
+from compress.kernels.streamed_sums import (
+    give,
+    mark_given,
+    shares,
+    turn,
+    turns_of,
+    with_given,
+    workspace_floats,
+)
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
@@ -41,8 +49,6 @@ from compress.kernels.tile_parts import (
     open_memory,
     share_of_tile,
     tile_origin,
-    turn,
-    turns_of,
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
