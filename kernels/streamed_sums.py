@@ -217,20 +217,21 @@ def mark_given(workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
 def with_given(acc, workspace_ptr, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """acc [ROWS, BLOCK_M] and what programs first .. last - 1 give, once all of them do."""
     collect: gl.constexpr = _collect_asm(T.warps)
-    AT_ONCE: gl.constexpr = 2 if blocks_of(T) * T.block_m <= 128 else 1  # loads, as far as registers allow
+    TWO: gl.constexpr = blocks_of(T) * T.block_m <= 128  # programs' loads in flight, where registers allow it
     lines = _in_lines(acc, T)
     if first < last:
         marks = _marks(workspace_ptr, T)
         gl.inline_asm_elementwise(
             collect, "=r,l,r,r", [marks, gl.to_tensor(first), gl.to_tensor(last)], dtype=gl.int32, is_pure=False, pack=1
         )
-        whole = first + (last - first) // AT_ONCE * AT_ONCE
-        for program in range(first, whole, AT_ONCE):
-            given = ()
-            for i in gl.static_range(AT_ONCE):
-                given = given + (_load_lines(workspace_ptr, program + i, lines),)
-            for i in gl.static_range(AT_ONCE):
-                lines += given[i]
-        for program in range(whole, last):
+        if TWO:
+            even = first + (last - first) // 2 * 2
+            for program in range(first, even, 2):
+                one = _load_lines(workspace_ptr, program, lines)
+                other = _load_lines(workspace_ptr, program + 1, lines)
+                lines += one
+                lines += other
+            first = even
+        for program in range(first, last):
             lines += _load_lines(workspace_ptr, program, lines)
     return _from_lines(lines, T)
