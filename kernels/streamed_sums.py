@@ -55,9 +55,9 @@ class Shares:
 
 def shares(n_tiles: int, stages: int, at_once: int, unroll: int, pairs: bool) -> Shares:
     """How persistent programs, so many at once, share out tiles of so many stages. Parts are multiples of `unroll`, as
-    the stages of a tile are. In pairs where these may be and there is room for them, but for few tiles after a single
-    round: after more of them programs are no longer in step, and the more add up a tile, the longer they wait. All
-    tiles are whole where parts would be nearly as long."""
+    the stages of a tile are. In pairs where these may be and there is room for them, but for few tiles of a long K
+    after a single round or none: after more of them programs are no longer in step, and the more add up a tile, the
+    longer they wait. All tiles are whole where parts would be nearly as long."""
     rest = n_tiles % at_once
     fit = 2 * rest <= at_once // 2 * 2 and stages % (2 * unroll) == 0
     few = 4 * rest <= at_once and n_tiles < 2 * at_once and stages > SHORT_STAGES
@@ -156,7 +156,7 @@ def _collect_asm(warps):  # type: ignore[no-untyped-def]
         "add.s64 at, at, $1; again: ld.relaxed.gpu.global.v4.b32 {a, b, c, d}, [at]; " + differ
         + "or.b32 a, a, b; or.b32 c, c, d; or.b32 a, a, c; setp.ne.u32 p, a, 0; @p bra again; "
         "st.relaxed.gpu.global.v4.b32 [at], {a, a, a, a}; add.s32 program, program, 32; bra next; "
-        "all: bar.warp.sync 0xffffffff; fence.acq_rel.gpu; mov.b32 $0, 0;}"
+        "all: fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, 0;}"
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@ shared memory, and layouts of registers.
 
     shared memory of a program, from its begin (`global_smem`)
 
-    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail, or y | 2 STAGES mbarriers |
-    0                                         x_offset                           stages_bytes barrier_offset
+    | words [STAGES, ROWS BITS / 8, 64] int16 | x [2 SLICES STAGES, BLOCK_M, 64] | mail, y | given, ready, empty |
+    0                                         x_offset                           stages_bytes    barrier_offset
 
 A stage is a tile of K, or SLICES of them. The sums of a program are [ROWS, BLOCK_M], ROWS = SLICES BLOCK_N: those of
 each slice over all BLOCK_N rows of W, one slice below the other, each in warps of its own. Mail: of a cluster
@@ -50,8 +50,8 @@ class TiledConfig:
     at launch, where there is a producer; 0: by `w4a16_producer.producers_by_registers`. persistent: one program to each
     place on the machine, which computes tile after tile: copies for the next go on while one leaves. Where there is a
     producer, and room for y. Tiles that do not fill a round of all programs are then shared out among them with
-    split_k > 1 (`streamed_sums`), by clusters of two if cluster is more than 1, and are computed by some with
-    split_k = 1."""
+    split_k > 1 (`streamed_sums`), or by clusters of two if cluster is more than 1 and it pays
+    (`w4a16_producer.paired_where_it_pays`), and are computed by some with split_k = 1."""
 
     block_m: int
     block_n: int
@@ -88,8 +88,9 @@ class TiledConfig:
         return self.sharers if self.producer and sums and self.slices == 1 and not self.persistent else 1
 
     def within(self, tiles: int, bits: int = 4) -> TiledConfig:
-        """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor
-        persistent where K does not fill the stages, or words of so many bits leave no room for y."""
+        """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor in
+        clusters where halves would not be, nor persistent where K does not fill the stages, or words of so many bits
+        leave no room for y."""
         return self if self.unroll == 1 and not self.persistent else _within(self, tiles, bits)
 
     def as_it_runs(self) -> TiledConfig:

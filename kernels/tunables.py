@@ -23,9 +23,10 @@ from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.contenders import zero_of
 from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
 from compress.kernels.problem import GROUP, W4G128, Problem, Scheme, schemes
-from compress.kernels.streamed_sums import SHORT_STAGES
+from compress.kernels.w4a16_producer import places
 
 _ANY_K = 1 << 20
+_HOPPER_BYTES = 232448  # of shared memory that a program may have
 _DTYPES = ("float16", "bfloat16")  # of activations and scales
 
 
@@ -173,7 +174,8 @@ def _tiled_splits(
     if m >= 256:  # where copies of x are what tiles wait for
         found += [replace(c, sharers=2) for c in found if c.producer and c.split_k <= 2]
     found += [replace(c, unroll=u) for c in found if c.adders == c.split_k for u in _UNROLLS]
-    found += [replace(c, persistent=True) for c in found if c.split_k == c.cluster <= 2]
+    rounds = ((1, 1), (2, 1), (2, 2))  # alone, shared out by all, by clusters of two
+    found += [replace(c, persistent=True) for c in found if (c.split_k, c.cluster) in rounds]
     return [c for c in found if c == c.as_it_runs().within(-(-k // GROUP), bits)]
 
 
@@ -272,23 +274,22 @@ def in_words(config: Mapping[str, Any]) -> str:
 
 def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Small weights [N, K] whose launches with M = m take every kernel of a configuration that larger ones do: of less
-    than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of so many that
-    clusters share them out. K is whole lines of stages, or another kernel would run; in the larger weight where those
-    are no more than 4096. A group of a whole row keeps K, which is a constant of the code then."""
-    less, rows = min(k, 1024), 2 * config.block_n * n_sms + 512
+    than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of three quarters of a
+    round, which all programs share out, and of three eighths, which clusters do. K is whole lines of stages, or another
+    kernel would run; in the larger weight where those are no more than 4096. A group of a whole row keeps K, which is a
+    constant of the code then."""
+    less, rows = min(k, 1024), (512, 2 * config.block_n * n_sms + 512)
+    tiled = isinstance(config, w4a16_tiled.TiledConfig)
     if scheme.group is None:
         less = k
-    elif isinstance(config, w4a16_tiled.TiledConfig):
+    elif tiled:
         line = GROUP * config.slices * config.split_k * config.unroll
         k, whole = math.lcm(k, line), math.lcm(less, line)
         less = whole if whole <= 4096 else less
-    if isinstance(config, w4a16_tiled.TiledConfig) and config.streams:
-        places = n_sms * (2 if config.warps <= 4 and config.block_m <= 64 else 1)
-        less, rows = (
-            max(less, 2 * GROUP * SHORT_STAGES),
-            config.block_n * -(-3 * places // (8 * -(-m // config.block_m))),
-        )
-    return (512, k), (rows, less)
+    if tiled and config.streams:
+        at_once, tiles_of_m = places(config, n_sms, _HOPPER_BYTES, scheme.bits), -(-m // config.block_m)
+        rows = tuple(config.block_n * -(-eighths * at_once // (8 * tiles_of_m)) for eighths in (6, 3))
+    return (rows[0], k), (rows[1], less)
 
 
 def usable(hopper: bool, scheme: Scheme = W4G128) -> list[str]:

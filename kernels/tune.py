@@ -92,11 +92,19 @@ def _compile(task: Task) -> None:
     """Compile one kernel into Triton's disk cache by running it on small problems with the same specialization."""
     kernel, config, m, dtype_name, label, k, known, named = task
     tunable, dtype, scheme = TUNABLES[kernel], getattr(torch, dtype_name), Scheme.parse(label)
-    for n, depth in specimens(config, scheme, k, n_sms(torch.device("cuda")), m):
+    sms = n_sms(torch.device("cuda"))
+    shapes = specimens(config, scheme, k, sms, m)
+    expanded = dict.fromkeys(full for n, _ in shapes for full in tunable.expand(m, n, k, config))
+    by_shape: dict[tuple[int, int], list[Any]] = {}
+    for full in [config] if named else expanded:
+        if not known or full in known_configs(kernel):
+            for shape in specimens(full, scheme, k, sms, m):
+                by_shape.setdefault(shape, []).append(full)
+    for (n, depth), fulls in by_shape.items():
         p = scheme.problem(n, depth, "cuda")
         weight, x = tunable.pack(p, dtype), p.x(m).to(dtype)
-        for full in [config] if named else tunable.expand(m, n, k, config):
-            if not tunable.fits(weight, full) or (known and full not in known_configs(kernel)):
+        for full in fulls:
+            if not tunable.fits(weight, full):
                 continue
             try:
                 tunable.launch(x, weight, full)
@@ -222,11 +230,12 @@ def check_named(kernels: dict[str, list[Tunable]], args: argparse.Namespace) -> 
         raise ConfigError(f"--only {', '.join(unused)}: tuned here are {', '.join(sorted(tuned))}; see --kernels")
     for (name, config), scheme, (n, k) in itertools.product(args.only, args.schemes, args.shapes):
         if isinstance(config, TiledConfig) and config.within(-(-k // 128), scheme.bits) != config:
+            shares = config.split_k if not config.persistent else config.cluster
             raise ConfigError(
                 f"--only {name} with unroll {config.unroll}, persistent {int(config.persistent)} does not run so at "
-                f"{n}x{k} ({scheme.label}): each of {config.split_k} shares of its {-(-k // 128)} tiles of K, "
-                f"{config.slices} a stage, must be a multiple of unroll stages; persistent programs need "
-                f"{config.stages} stages, and room for y"
+                f"{n}x{k} ({scheme.label}): each of {shares} shares of its "
+                f"{-(-k // 128)} tiles of K, {config.slices} a stage, must be a multiple of unroll stages; "
+                f"persistent programs need {config.stages} stages, and room for y"
             )
 
 

@@ -11,7 +11,8 @@ consumers send y: no program begins or ends between two tiles of a multiprocesso
 shared out among all programs (`streamed_sums`).
 
 Registers move to the consumers (`setmaxnreg`): the producer needs few. They move by warpgroups, so three warps idle
-beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`_relay`). All
+beside it; with UNROLL > 1 one of them waits for ready[s] and meets the consumers at a named barrier (`_relay`), and two
+mark what a program gives to others (`_attend_given`). All
 consumers are the default partition: ptxas serializes the MMAs of a second one (C7512).
 """
 
@@ -286,8 +287,9 @@ def launch_producer(
             whole, part = found.whole, found.part
         programs = -(-min(at_once, whole or -(-n_tiles * stages // part)) // ctas)
         if config.streams and ctas == 1:
-            floats = workspace_floats(programs, config.block_m, config.slices * config.block_n, config.warps)
-            workspace = torch.empty(floats, dtype=torch.float32, device=y.device)
+            givers = programs if whole < n_tiles else 0  # without any a workspace is an argument all the same
+            floats = workspace_floats(givers, config.block_m, config.slices * config.block_n, config.warps)
+            workspace = torch.empty(max(floats, 4), dtype=torch.float32, device=y.device)
     _producer_kernel[(programs,)](
         x_desc, x_piece_desc, words_desc, out_desc, y, weight.scale, weight.zero, bias, workspace, m, weight.n,
         weight.k, tiles, first_tile, part, whole, T=tile, num_warps=config.warps, num_ctas=ctas,

@@ -170,7 +170,7 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     if alone is not None and alone.program_bytes(bits) <= shared_bytes:
         return alone
     if m > 128:
-        # four stages of 8 bits and y are more than a multiprocessor has
+        # four stages of 8 bits would be all that a multiprocessor has, and were not tried
         each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, producer=True, unroll=2, persistent=True)
         found = replace(each, cluster=2).within(tiles, bits)
         return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)

@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from compress.kernels.w4a16_decode import DecodeConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
+SHARED_OUT = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
 # one compiled kernel each: configuration, dtype, group (None is a row), symmetric, bias; then N, K and M
 DECODE_N, DECODE_K = (72, 264, 1000), (640, 2048, 16512)
 CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
@@ -78,33 +80,16 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 64, True, False, (72, 19200), (2048,), (300,)),
     (TiledConfig(128, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 128, False, True, (19272,), (640,), (30, 300)),
     (TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True), "fp16", 128, True, True, (1000, 19200), (1024,), (150,)),
-    # and what is left of the last round shared by two: 150 and 450 tiles on 132 multiprocessors, 160 of more programs,
-    # and fewer than all of them; 9 tiles of K are not shared evenly
-    (
-        TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True),
-        "fp16",
-        128,
-        True,
-        True,
-        (19200,),
-        (1024, 1152),
-        (100, 300),
-    ),
-    (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), "bf16", 64, False, True, (10248,), (1024,), (300,)),
-    (
-        TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 1, 1, 0, True),
-        "fp16",
-        32,
-        False,
-        False,
-        (72, 1000),
-        (1152,),
-        (30, 150),
-    ),
-    (TiledConfig(128, 64, 2, 8, 3, 1, True, 1, 1, 2, 0, True), "fp16", 128, True, True, (19200,), (2048,), (30, 150)),
+    # and what is left of the last round shared out among all: parts that end within a tile, of 4 and 8 stages, alone or
+    # behind one and three rounds; more programs and 16 slices; fewer tiles than programs, 44 that give to one
+    (SHARED_OUT, "fp16", 128, True, True, (19200,), (2304,), (100, 300)),
+    (TiledConfig(256, 64, 2, 4, 3, 1, True, 1, 1, 1, 0, True), "bf16", 64, False, True, (10248,), (2176,), (300,)),
+    (replace(SHARED_OUT, unroll=1), "fp16", 32, False, False, (72, 1000), (2176, 22528), (30, 150)),
+    (TiledConfig(128, 64, 2, 8, 3, 1, True, 1, 1, 2, 0, True), "fp16", 128, True, True, (19200,), (4224,), (30,)),
+    (TiledConfig(64, 128, 2, 4, 3, 1, True, 1, 4, 1, 0, True), "bf16", 128, True, False, (19200,), (5120,), (150,)),
     # by clusters of two, which a tile of 9 is not halved for; fewer tiles than programs, 97 of them, which is odd
     (
-        TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True),
+        replace(SHARED_OUT, cluster=2),
         "fp16",
         128,
         True,
@@ -240,9 +225,9 @@ DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4
 SLICES_2048 = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
 # at 1024 tokens 512 tiles for 264 or 132 programs
 ROUNDS_2048 = TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True)
-# at 1200 tokens 132 of 160 tiles alone, where there are so many multiprocessors, and the others by two each
-SHARED_LAST_2048 = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
-HALVED_LAST_2048 = TiledConfig(128, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True)
+# at 1200 tokens 132 of 160 tiles alone, where there are so many multiprocessors, and the others by four each
+SHARED_LAST_2048 = SHARED_OUT
+HALVED_LAST_2048 = replace(SHARED_OUT, cluster=2)
 SLICES_IN_ROUNDS = TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True)
 
 

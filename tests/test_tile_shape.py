@@ -17,10 +17,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
+from test_hopper import CASES
+
 from compress.kernels import dispatch, table_file, tile_shape, tunables, w4a16_decode
 from compress.kernels.problem import Scheme
 from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
+from compress.kernels.w4a16_producer import places
 
 # -- what a configuration runs as ------------------------------------------------------------------------
 
@@ -149,6 +152,26 @@ def test_how_a_last_round_is_shared_out(tiles: int, stages: int, unroll: int, ex
     assert shares(tiles, stages, 132, unroll, True) == expected
     alone = shares(tiles, stages, 132, unroll, False)
     assert alone == expected or (expected.in_pairs and not alone.in_pairs)
+
+
+def test_cases_on_a_gpu_share_out_as_they_are_for() -> None:
+    """Oracle: by hand, of an H100's places: each case of clusters computes halves somewhere, each other one parts that
+    end within a tile, alone and behind whole rounds, and one has more givers to a tile than a warp has lanes."""
+    found: dict[Any, set[str]] = {}
+    for config, _, _, _, _, ns, ks, ms in (case for case in CASES if getattr(case[0], "streams", False)):
+        for n, k, m in itertools.product(ns, ks, ms):
+            runs, tiles = config.within(-(-k // 128)), -(-n // config.block_n) * -(-m // config.block_m)
+            at_once, stages = places(runs, 132, 232448), -(-k // (128 * config.slices))
+            how = shares(tiles, stages, at_once, runs.unroll, runs.cluster > 1)
+            kind = "halves" if how.in_pairs else "within" if stages % how.part else "whole"
+            behind = " behind rounds" if how.whole else ""
+            givers = " of many" if stages > 33 * how.part else ""
+            found.setdefault(config, set()).add(kind + behind + givers)
+    assert all("halves" in " ".join(kinds) for config, kinds in found.items() if config.cluster > 1)
+    alone = [kinds for config, kinds in found.items() if config.cluster == 1]
+    assert len(alone) >= 5 and all("within" in " ".join(kinds) for kinds in alone)
+    assert {"within", "within behind rounds", "halves", "halves behind rounds"} <= set.union(*found.values())
+    assert any("of many" in kind for kind in set.union(*found.values()))
 
 
 @pytest.mark.parametrize("unroll", [1, 2, 4])
