@@ -53,7 +53,7 @@ from compress.kernels.problem import Scheme
 from compress.kernels.search import allowed
 from compress.kernels.tunables import TUNABLES, Tunable, add_arguments, in_words, specimens, usable
 
-MACHINES = {"H100": Machine((9, 0), 132, 232448), "A100": Machine((8, 0), 108, 166912)}
+MACHINES = {"H100": Machine((9, 0), 132, common.HOPPER_BYTES), "A100": Machine((8, 0), 108, 166912)}
 
 
 @dataclass(frozen=True)

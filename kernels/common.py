@@ -36,7 +36,8 @@ class Machine:
     shared_bytes: int
 
 
-_CPU = Machine((0, 0), 4, 232448)  # few multiprocessors, so that the interpreter runs split kernels too
+HOPPER_BYTES = 232448  # of shared memory that a program may have on Hopper
+_CPU = Machine((0, 0), 4, HOPPER_BYTES)  # few multiprocessors, so that the interpreter runs split kernels too
 _cpu_as: Machine = _CPU
 
 

@@ -93,7 +93,8 @@ def m_bucket(m: int) -> int:
     if m <= 1:
         return 1
     power = 1 << (m - 1).bit_length()
-    return min(power * 3 // 4 if HALVED_FROM < m <= power * 3 // 4 else power, MAX_BUCKET)
+    half_way = power * 3 // 4
+    return min(half_way if HALVED_FROM < m <= half_way else power, MAX_BUCKET)
 
 
 def normalise_gpu(name: str) -> str:

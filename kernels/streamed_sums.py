@@ -59,7 +59,7 @@ def shares(n_tiles: int, stages: int, at_once: int, unroll: int, pairs: bool) ->
     after a single round or none: after more of them programs are no longer in step, and the more add up a tile, the
     longer they wait. All tiles are whole where parts would be nearly as long."""
     rest = n_tiles % at_once
-    fit = 2 * rest <= at_once // 2 * 2 and stages % (2 * unroll) == 0
+    fit = 2 * rest <= at_once and stages % (2 * unroll) == 0
     few = 4 * rest <= at_once and n_tiles < 2 * at_once and stages > SHORT_STAGES
     if pairs and rest and fit and not few:
         return Shares(n_tiles - rest, stages // 2, in_pairs=True)

@@ -51,7 +51,7 @@ class TiledConfig:
     place on the machine, which computes tile after tile: copies for the next go on while one leaves. Where there is a
     producer, and room for y. Tiles that do not fill a round of all programs are then shared out among them with
     split_k > 1 (`streamed_sums`), or by clusters of two if cluster is more than 1 and it pays
-    (`w4a16_producer.paired_where_it_pays`), and are computed by some with split_k = 1."""
+    (`streamed_sums.shares`), and are computed by some with split_k = 1."""
 
     block_m: int
     block_n: int

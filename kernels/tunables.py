@@ -19,14 +19,13 @@ from compress.arguments import names
 from compress.kernels import w4a16, w4a16_decode, w4a16_tiled, w8a8, wna16, wna16_layout
 from compress.kernels.bench import MAX_ERROR
 from compress.kernels.choose import hopper_takes
-from compress.kernels.common import n_sms, shared_bytes
+from compress.kernels.common import HOPPER_BYTES, n_sms, shared_bytes
 from compress.kernels.contenders import zero_of
 from compress.kernels.contenders_wna16 import MAX_ERROR_W8A8
 from compress.kernels.problem import GROUP, W4G128, Problem, Scheme, schemes
 from compress.kernels.w4a16_producer import places
 
 _ANY_K = 1 << 20
-_HOPPER_BYTES = 232448  # of shared memory that a program may have
 _DTYPES = ("float16", "bfloat16")  # of activations and scales
 
 
@@ -276,8 +275,8 @@ def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[
     """Small weights [N, K] whose launches with M = m take every kernel of a configuration that larger ones do: of less
     than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of three quarters of a
     round, which all programs share out, and of three eighths, which clusters do. K is whole lines of stages, or another
-    kernel would run; in the larger weight where those are no more than 4096. A group of a whole row keeps K, which is a
-    constant of the code then."""
+    kernel would run; in the larger weights where those are no more than 4096. A group of a whole row keeps K, which is
+    a constant of the code then."""
     less, rows = min(k, 1024), (512, 2 * config.block_n * n_sms + 512)
     tiled = isinstance(config, w4a16_tiled.TiledConfig)
     if scheme.group is None:
@@ -287,8 +286,8 @@ def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[
         k, whole = math.lcm(k, line), math.lcm(less, line)
         less = whole if whole <= 4096 else less
     if tiled and config.streams:
-        at_once, tiles_of_m = places(config, n_sms, _HOPPER_BYTES, scheme.bits), -(-m // config.block_m)
-        rows = tuple(config.block_n * -(-eighths * at_once // (8 * tiles_of_m)) for eighths in (6, 3))
+        at_once, tiles_of_m = places(config, n_sms, HOPPER_BYTES, scheme.bits), -(-m // config.block_m)
+        k, rows = less, tuple(config.block_n * -(-eighths * at_once // (8 * tiles_of_m)) for eighths in (6, 3))
     return (rows[0], k), (rows[1], less)
 
 

@@ -18,8 +18,8 @@ consumers are the default partition: ptxas serializes the MMAs of a second one (
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 import triton.experimental.gluon.language as gl
@@ -33,6 +33,7 @@ from compress.kernels.common import n_sms, shared_bytes
 from compress.kernels.gluon_parts import cluster_rank, fetch_first_descriptor, pdl_wait
 from compress.kernels.stage_barriers import pass_on, wait_empty, wait_ready
 from compress.kernels.streamed_sums import (
+    Shares,
     give,
     mark_given,
     shares,
@@ -252,15 +253,6 @@ def max_registers(config: TiledConfig) -> int:
     return config.registers or min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
 
 
-def paired_where_it_pays(config: TiledConfig, n_tiles: int, tiles: int, device: torch.device, bits: int) -> TiledConfig:
-    """A configuration as it computes so many tiles of y, of so many of K: with clusters where these share any out."""
-    if config.streams and config.cluster > 1:
-        at_once = places(config, n_sms(device), shared_bytes(device), bits) // 2 * 2
-        if not shares(n_tiles, -(-tiles // config.slices), at_once, config.unroll, True).in_pairs:
-            return replace(config, cluster=1)
-    return config
-
-
 @cache
 def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> int:
     """Programs that run at once, by shared memory and registers."""
@@ -270,6 +262,32 @@ def places(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) ->
     return n_sms * max(1, min((shared_bytes + 1024) // used, registers))
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How a persistent launch goes: its configuration, with clusters where these share out tiles; how many clusters, or
+    programs, there are; and what they share out."""
+
+    config: TiledConfig
+    clusters: int
+    shares: Shares
+
+
+@lru_cache(maxsize=4096)
+def rounds(
+    config: TiledConfig, n_tiles: int, tiles: int, n_sms: int, shared_bytes: int, bits: int = 4
+) -> Rounds:  # fmt: skip
+    """Of so many tiles of y, of so many of K each, by a persistent configuration."""
+    stages, ctas = -(-tiles // config.slices), config.ctas
+    at_once = places(config, n_sms, shared_bytes, bits) // ctas * ctas
+    found = Shares(n_tiles, stages)
+    if config.streams:
+        found = shares(n_tiles, stages, at_once, config.unroll, ctas > 1)
+        if ctas > 1 and not found.in_pairs:
+            return rounds(replace(config, cluster=1), n_tiles, tiles, n_sms, shared_bytes, bits)
+    programs = min(at_once, found.whole or -(-n_tiles * stages // found.part))
+    return Rounds(config, -(-programs // ctas), found)
+
+
 def launch_producer(
     x_desc: TensorDescriptor, x_piece_desc: TensorDescriptor, words_desc: TensorDescriptor, out_desc: TensorDescriptor,
     y: Tensor, weight: KernelWeight | PackedWeight, bias: Tensor | None, workspace: Tensor | None, m: int,
@@ -277,15 +295,10 @@ def launch_producer(
 ) -> None:  # fmt: skip
     """`_tiled_kernel`'s part of `w4a16_tiled._launch_tiles`; sums of a split are added up by the caller."""
     tiles, split, ctas = weight.words.shape[0], config.split_k, config.ctas
-    stages = -(-tiles // config.slices)
-    programs, whole, part = n_tiles * split // ctas, 0, -(-stages // split)
+    programs, whole, part = n_tiles * split // ctas, 0, -(-tiles // (config.slices * split))
     if config.persistent:
-        at_once = places(config, n_sms(y.device), shared_bytes(y.device), weight.bits) // ctas * ctas
-        whole, part = n_tiles, stages
-        if config.streams:
-            found = shares(n_tiles, stages, at_once, config.unroll, ctas > 1)
-            whole, part = found.whole, found.part
-        programs = -(-min(at_once, whole or -(-n_tiles * stages // part)) // ctas)
+        found = rounds(config, n_tiles, tiles, n_sms(y.device), shared_bytes(y.device), weight.bits)
+        programs, whole, part = found.clusters, found.shares.whole, found.shares.part
         if config.streams and ctas == 1:
             givers = programs if whole < n_tiles else 0  # without any a workspace is an argument all the same
             floats = workspace_floats(givers, config.block_m, config.slices * config.block_n, config.warps)

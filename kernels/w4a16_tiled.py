@@ -67,7 +67,7 @@ from compress.kernels.tile_parts import (
 from compress.kernels.tile_product import multiply_tiles
 from compress.kernels.tile_shape import GROUP_N, PIECE, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
-from compress.kernels.w4a16_producer import launch_producer, paired_where_it_pays, places
+from compress.kernels.w4a16_producer import launch_producer, places, rounds
 from compress.kernels.wna16_layout import PackedWeight
 
 
@@ -171,8 +171,8 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
         return alone
     if m > 128:
         # four stages of 8 bits would be all that a multiprocessor has, and were not tried
-        each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, producer=True, unroll=2, persistent=True)
-        found = replace(each, cluster=2).within(tiles, bits)
+        each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, 2, producer=True, unroll=2, persistent=True)
+        found = each.within(tiles, bits)
         return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)
     block_m = max(16, 1 << (m - 1).bit_length())
     block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
@@ -192,13 +192,14 @@ def launch(
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if -(-n // config.block_n) % config.sharers or m % config.block_m:
-        # the last tile of N has no neighbour, or x is copied in pieces
-        config = replace(config, sharers=1)
-    config = config.within(weight.words.shape[0], weight.bits)
+    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or m % config.block_m):
+        config = replace(config, sharers=1)  # the last tile of N has no neighbour, or x is copied in pieces
+    tiles = weight.words.shape[0]
+    config = config.within(tiles, weight.bits)
     programs = -(-n // config.block_n) * -(-m // config.block_m)
+    if config.persistent:
+        config = rounds(config, programs, tiles, n_sms(x.device), shared_bytes(x.device), weight.bits).config
     if split == 1 or config.persistent:
-        config = paired_where_it_pays(config, programs, weight.words.shape[0], x.device, weight.bits)
         _launch_tiles(x, weight, bias, y, config, 0, programs, pdl)
         return y
     at_once = slots(config, n_sms(x.device), shared_bytes(x.device), weight.bits) // config.sharers * config.sharers

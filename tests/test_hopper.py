@@ -31,6 +31,7 @@ from compress.kernels.w4a16_decode import DecodeConfig
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 SHARED_OUT = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
+HALVED = replace(SHARED_OUT, cluster=2)
 # one compiled kernel each: configuration, dtype, group (None is a row), symmetric, bias; then N, K and M
 DECODE_N, DECODE_K = (72, 264, 1000), (640, 2048, 16512)
 CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
@@ -89,7 +90,7 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(64, 128, 2, 4, 3, 1, True, 1, 4, 1, 0, True), "bf16", 128, True, False, (19200,), (5120,), (150,)),
     # by clusters of two, which a tile of 9 is not halved for; fewer tiles than programs, 97 of them, which is odd
     (
-        replace(SHARED_OUT, cluster=2),
+        HALVED,
         "fp16",
         128,
         True,
@@ -225,9 +226,6 @@ DECODE_2048, TILED_2048 = DecodeConfig(8, 16, 4, 4), TiledConfig(32, 64, 4, 4, 4
 SLICES_2048 = TiledConfig(64, 64, 2, 8, 4, 2, True, 1, 4, 2)
 # at 1024 tokens 512 tiles for 264 or 132 programs
 ROUNDS_2048 = TiledConfig(64, 64, 1, 4, 4, 1, True, 1, 4, 1, 0, True)
-# at 1200 tokens 132 of 160 tiles alone, where there are so many multiprocessors, and the others by four each
-SHARED_LAST_2048 = SHARED_OUT
-HALVED_LAST_2048 = replace(SHARED_OUT, cluster=2)
 SLICES_IN_ROUNDS = TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True)
 
 
@@ -333,7 +331,8 @@ def chain(x: torch.Tensor, weight: w4a16.KernelWeight, configs: list[Any], kept:
     [
         ([DECODE_2048], 8), ([TILED_2048], 8), ([DECODE_2048, TILED_2048], 8), ([SLICES_2048], 30),
         ([SLICES_2048, TILED_2048], 30), ([ROUNDS_2048], 1024), ([SLICES_IN_ROUNDS, ROUNDS_2048], 1024),
-        ([SHARED_LAST_2048], 1200), ([HALVED_LAST_2048, SHARED_LAST_2048], 1200),
+        # 132 of 160 tiles alone, where there are so many multiprocessors, and the others by four or two each
+        ([SHARED_OUT], 1200), ([HALVED, SHARED_OUT], 1200),
     ],
     ids=["decode", "tiled split", "in turns", "slices", "slices in turns", "rounds", "slices in rounds",
          "rounds, last shared", "these and halves in turns"],
