@@ -32,7 +32,11 @@ from compress.kernels.gluon_parts import instruction
 from compress.kernels.tile_shape import (
     mail_barrier_offset,
     mail_offset,
+    n_parts,
     out_offset,
+    part_begin,
+    part_tokens,
+    row_bytes,
     share_bytes,
     stages_bytes,
     sum_layout,
@@ -53,7 +57,7 @@ def _wait():  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_cluster(T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Before all else but `open_stages`, by the warps that will `add_up`: a mailbox behind the stages, and mbarriers
+    """Before all else but `open_stages`, by the warps that will `exchange`: a mailbox behind the stages, and mbarriers
     that others arrive at, are there as soon as a program runs."""
     if T.adders > 2:
         _open_mailbox(mail_barrier_offset(T), (T.adders - 1) * share_bytes(T))
@@ -69,14 +73,14 @@ def attend_opening(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def wait_for_sharers(T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Until all that share x have opened their mbarriers: once in each warp, before `add_up` or `depart`."""
+    """Until all that share x have opened their mbarriers: once in each warp, before `exchange` or `depart`."""
     if T.sharers > 1:
         _wait()
 
 
 @gluon.jit
 def attend_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """`add_up`'s and `depart`'s part for all other warps, behind `wait_for_sharers`."""
+    """`exchange`'s and `depart`'s part for all other warps, behind `wait_for_sharers`."""
     if T.adders == 2:  # a mailbox in the stages opens only there
         _arrive()
     if T.adders == 2 or T.sharers == 1:
@@ -106,12 +110,16 @@ def _store(offset, value):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _lay_out(acc, BEGIN: gl.constexpr, ROW: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Write sums acc [ROWS, tokens] to the program's own shared memory from BEGIN on, a token in ROW bytes."""
+def _lay_out(acc, BEGIN: gl.constexpr, ROW: gl.constexpr, OWNED: gl.constexpr, SHARE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Write sums acc [ROWS, tokens] to the program's own shared memory from BEGIN on, a token in ROW bytes, SHARE bytes
+    from one owner to the next, of OWNED tokens each."""
     ACC: gl.constexpr = acc.type.layout
     token = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
     rn = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
-    _store(BEGIN + gl.expand_dims(token * ROW, 0) + gl.expand_dims(rn * 4, 1), acc)
+    at = token * ROW
+    if SHARE > OWNED * ROW:  # other parts' tokens come between
+        at += token // OWNED * (SHARE - OWNED * ROW)
+    _store(BEGIN + gl.expand_dims(at, 0) + gl.expand_dims(rn * 4, 1), acc)
 
 
 @gluon.jit
@@ -155,18 +163,14 @@ def _load_fours(offset):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Total float32 [BLOCK_M, SHARERS * BLOCK_N] of acc [ROWS, BLOCK_M] of ADDERS programs for each of SHARERS
-    tiles, an equal share of its tokens in each program, and tokens and columns within the tiles. rank: of the program
-    in its cluster. `depart` follows."""
-    BLOCK_M: gl.constexpr = T.block_m
-    BLOCK_N: gl.constexpr = T.block_n
+def exchange(accs, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Send sums, [ROWS, tokens] of each part, to the programs of the cluster that own them, an equal share of each
+    part's tokens each, and wait for theirs. rank: of the program in its cluster. `total_of` and `depart` follow."""
     ADDERS: gl.constexpr = T.adders
     SHARERS: gl.constexpr = T.sharers
-    SLICES: gl.constexpr = T.slices
     SHARE: gl.constexpr = share_bytes(T)
-    TOKENS: gl.constexpr = BLOCK_M // ADDERS
-    ROW: gl.constexpr = SHARE // TOKENS
+    ROW: gl.constexpr = row_bytes(T)
+    PARTS: gl.constexpr = n_parts(T)
     MAIL: gl.constexpr = mail_offset(T)
     MBARRIER: gl.constexpr = mail_barrier_offset(T)
     wait_for_sharers(T)
@@ -175,7 +179,8 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     if ADDERS == 2:
         _open_mailbox(MBARRIER, SHARE)
         _arrive()
-    _lay_out(acc, 0, ROW)
+    for p in gl.static_range(PARTS):
+        _lay_out(accs[p], part_begin(T, p) // ADDERS * ROW, ROW, part_tokens(T, p) // ADDERS, SHARE)
     fence_async_shared()
     gl.thread_barrier()
     if ADDERS == 2 or SHARERS == 1:
@@ -184,11 +189,25 @@ def add_up(acc, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
     _wait_for_mail(MBARRIER)
     _arrive()  # what the others sent here they need no longer keep
 
+
+@gluon.jit
+def total_of(part: gl.constexpr, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Behind `exchange`, of a part: the totals float32 [tokens, SHARERS * BLOCK_N] of ADDERS programs for each of
+    SHARERS tiles, in each program of the tokens that it owns; their tokens within the part, and columns."""
+    BLOCK_N: gl.constexpr = T.block_n
+    ADDERS: gl.constexpr = T.adders
+    SLICES: gl.constexpr = T.slices
+    SHARE: gl.constexpr = share_bytes(T)
+    ROW: gl.constexpr = row_bytes(T)
+    MAIL: gl.constexpr = mail_offset(T)
+    TOKENS: gl.constexpr = part_tokens(T, part)
+    BEGIN: gl.constexpr = part_begin(T, part) // ADDERS * ROW
+    share = rank // T.sharers
     L: gl.constexpr = sum_layout(T)
-    rm = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
-    rn = gl.arange(0, SHARERS * BLOCK_N, gl.SliceLayout(0, L))
-    at = gl.expand_dims(rm % TOKENS * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
-    total = gl.zeros((BLOCK_M, SHARERS * BLOCK_N), gl.float32, L)
+    rm = gl.arange(0, TOKENS, gl.SliceLayout(1, L))
+    rn = gl.arange(0, T.sharers * BLOCK_N, gl.SliceLayout(0, L))
+    at = BEGIN + gl.expand_dims(rm % (TOKENS // ADDERS) * ROW, 1) + gl.expand_dims(rn % BLOCK_N * 4, 0)
+    total = gl.zeros((TOKENS, T.sharers * BLOCK_N), gl.float32, L)
     for s in gl.static_range(ADDERS):
         begin = gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE)
         for part in gl.static_range(SLICES):
@@ -205,7 +224,7 @@ def add_slices(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
     SLICES: gl.constexpr = T.slices
     gl.static_assert(T.persistent or T.block_m * ROW <= stages_bytes(T) - BEGIN, "the stages of x do not hold the sums")
     gl.thread_barrier()  # other warps may still multiply from what the stages hold, or read sums of other tokens
-    _lay_out(acc, BEGIN, ROW)
+    _lay_out(acc, BEGIN, ROW, acc.shape[1], acc.shape[1] * ROW)
     gl.thread_barrier()
     L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, acc.shape[1], gl.SliceLayout(1, L))
@@ -219,5 +238,5 @@ def add_slices(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def depart():  # type: ignore[no-untyped-def]
-    """Wait, behind the last use of what `add_up` returns, until no other program sends from here."""
+    """Wait, behind the last use of what `total_of` returns, until no other program sends from here."""
     _wait()

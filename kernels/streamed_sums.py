@@ -35,7 +35,15 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_rank
 from compress.kernels.stage_barriers import arrive_given, wait_given
 from compress.kernels.tile_parts import all_tiles
-from compress.kernels.tile_shape import blocks_of, ctas_of, mma_layout, rows_of
+from compress.kernels.tile_shape import (
+    blocks_of,
+    ctas_of,
+    mma_layout,
+    n_parts,
+    part_begin,
+    part_tokens,
+    rows_of,
+)
 
 LEAST_STAGES = 4  # of a program: fewer would take longer to add up than to compute
 WORTH_STAGES = 7  # of a program, that it has to save: what adding up takes
@@ -168,39 +176,60 @@ def _marks(workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _in_lines(acc, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """acc [ROWS, BLOCK_M] as [ROWS BLOCK_M], 4 neighbours in a thread and 128 in a warp: only renames registers."""
-    parts = acc.reshape([blocks_of(T), T.warps, 2, 8, T.block_m // 8, 4, 2])
-    return parts.permute(0, 4, 1, 3, 5, 2, 6).reshape([rows_of(T) * T.block_m])
+def _in_lines(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums [ROWS, tokens] of each part as [ROWS tokens], 4 neighbours in a thread and 128 in a warp: only renames
+    registers."""
+    lines = ()
+    for p in gl.static_range(n_parts(T)):
+        split = accs[p].reshape([blocks_of(T), T.warps, 2, 8, part_tokens(T, p) // 8, 4, 2])
+        lines = lines + (split.permute(0, 4, 1, 3, 5, 2, 6).reshape([rows_of(T) * part_tokens(T, p)]),)
+    return lines
 
 
 @gluon.jit
 def _from_lines(lines, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """The inverse."""
-    parts = lines.reshape([blocks_of(T), T.block_m // 8, T.warps, 8, 4, 2, 2])
-    acc = parts.permute(0, 2, 5, 3, 1, 4, 6).reshape([rows_of(T), T.block_m])
-    return gl.convert_layout(acc, mma_layout(T), assert_trivial=True)
+    accs = ()
+    for p in gl.static_range(n_parts(T)):
+        split = lines[p].reshape([blocks_of(T), part_tokens(T, p) // 8, T.warps, 8, 4, 2, 2])
+        acc = split.permute(0, 2, 5, 3, 1, 4, 6).reshape([rows_of(T), part_tokens(T, p)])
+        accs = accs + (gl.convert_layout(acc, mma_layout(T, p), assert_trivial=True),)
+    return accs
 
 
 @gluon.jit
-def _sums_of(workspace_ptr, program, lines):  # type: ignore[no-untyped-def]
-    """Addresses of what a program gives, as `lines` are laid out."""
-    SIZE: gl.constexpr = lines.shape[0]
-    L: gl.constexpr = lines.type.layout
-    return workspace_ptr + program.to(gl.int64) * SIZE + gl.arange(0, SIZE, L)
+def _sums_of(workspace_ptr, program, lines, p: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses of what a program gives of a part, as its lines are laid out."""
+    L: gl.constexpr = lines[p].type.layout
+    first = program.to(gl.int64) * (rows_of(T) * T.block_m) + rows_of(T) * part_begin(T, p)
+    return workspace_ptr + first + gl.arange(0, lines[p].shape[0], L)
 
 
 @gluon.jit
-def _load_lines(workspace_ptr, program, lines):  # type: ignore[no-untyped-def]
+def _load_lines(workspace_ptr, program, lines, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Past the L1, which does not see what other multiprocessors write."""
-    return gl.load(_sums_of(workspace_ptr, program, lines), cache_modifier=".cg")
+    loaded = ()
+    for p in gl.static_range(n_parts(T)):
+        loaded = loaded + (gl.load(_sums_of(workspace_ptr, program, lines, p, T), cache_modifier=".cg"),)
+    return loaded
 
 
 @gluon.jit
-def give(acc, workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Leave sums acc [ROWS, BLOCK_M] to who keeps their tile. Once in a launch; `mark_given` is another warp's part."""
-    lines = _in_lines(acc, T)
-    gl.store(_sums_of(workspace_ptr, gl.program_id(0), lines), lines)
+def _added(lines, others, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Part by part."""
+    sums = ()
+    for p in gl.static_range(n_parts(T)):
+        sums = sums + (lines[p] + others[p],)
+    return sums
+
+
+@gluon.jit
+def give(accs, workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Leave sums, [ROWS, tokens] of each part, to who keeps their tile. Once in a launch; `mark_given` is another
+    warp's part."""
+    lines = _in_lines(accs, T)
+    for p in gl.static_range(n_parts(T)):
+        gl.store(_sums_of(workspace_ptr, gl.program_id(0), lines, p, T), lines[p])
     arrive_given(T)
 
 
@@ -214,11 +243,11 @@ def mark_given(workspace_ptr, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def with_given(acc, workspace_ptr, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """acc [ROWS, BLOCK_M] and what programs first .. last - 1 give, once all of them do."""
+def with_given(accs, workspace_ptr, first, last, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums, [ROWS, tokens] of each part, and what programs first .. last - 1 give, once all of them do."""
     collect: gl.constexpr = _collect_asm(T.warps)
     TWO: gl.constexpr = blocks_of(T) * T.block_m <= 128  # programs' loads in flight, where registers allow it
-    lines = _in_lines(acc, T)
+    lines = _in_lines(accs, T)
     if first < last:
         marks = _marks(workspace_ptr, T)
         gl.inline_asm_elementwise(
@@ -227,11 +256,10 @@ def with_given(acc, workspace_ptr, first, last, T: gl.constexpr):  # type: ignor
         if TWO:
             even = first + (last - first) // 2 * 2
             for program in range(first, even, 2):
-                one = _load_lines(workspace_ptr, program, lines)
-                other = _load_lines(workspace_ptr, program + 1, lines)
-                lines += one
-                lines += other
+                one = _load_lines(workspace_ptr, program, lines, T)
+                other = _load_lines(workspace_ptr, program + 1, lines, T)
+                lines = _added(_added(lines, one, T), other, T)
             first = even
         for program in range(first, last):
-            lines += _load_lines(workspace_ptr, program, lines)
+            lines = _added(lines, _load_lines(workspace_ptr, program, lines, T), T)
     return _from_lines(lines, T)

@@ -13,7 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from compress.kernels.cluster_sums import add_slices, add_up, attend_sums, depart, open_cluster, wait_for_sharers
+from compress.kernels.cluster_sums import (
+    add_slices,
+    attend_sums,
+    depart,
+    exchange,
+    open_cluster,
+    total_of,
+    wait_for_sharers,
+)
 from compress.kernels.gluon_parts import (
     cluster_bases,
     cluster_rank,
@@ -26,17 +34,23 @@ from compress.kernels.gluon_parts import (
 from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stages, ready_of
 from compress.kernels.tile_shape import (
     GROUP_N,
-    PIECE,
     blocks_of,
+    copies_at_once,
     ctas_of,
     in_units,
+    least_part,
     leaving_layout,
     memory_layout,
     memory_units,
     mma_layout,
+    n_parts,
     operand_layout,
     out_offset,
+    part_begin,
+    part_tokens,
+    piece_of,
     rows_of,
+    store_layout,
     stage_bytes,
     tiles_ahead,
     tokens_at_once,
@@ -54,16 +68,20 @@ def _barrier_layout(t):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES, BLOCK_M, 64] in shared memory, and mbarriers
-    int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves through. All of it is there
-    for whoever runs behind this."""
+    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES BLOCK_M / LEAST, LEAST, 64] in shared memory,
+    LEAST tokens being those of the last part of a tile; mbarriers int64 [128, 1], the last 2 STAGES of which are those
+    of the stages; and where y leaves through. All of it is there for whoever runs behind this."""
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
+    gl.static_assert(n_parts(T) == 1 or (n_parts(T) == 2 and T.slices == 1 and blocks_of(T) == 1),
+                     "tokens are a power of two, or the sum of two for programs of one slice and 16 rows a warp")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
     X_UNIT: gl.constexpr = x_offset(T) // 1024
-    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [2 * T.slices * T.stages, T.block_m, 64], x_desc.layout)
+    LEAST: gl.constexpr = least_part(T)
+    PIECES: gl.constexpr = 2 * T.slices * T.stages * T.block_m // LEAST
+    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [PIECES, LEAST, 64], x_desc.layout)
     OUT_UNIT: gl.constexpr = out_offset(T) // 1024
     barriers = memory.index(UNITS - 1)._reinterpret(gl.int64, [128, 1], _barrier_layout(T))
     open_stages(T)
@@ -96,6 +114,17 @@ def rows_within(rows, T: gl.constexpr):  # type: ignore[no-untyped-def]
     if T.slices > 1:
         rows = rows % T.block_n
     return rows
+
+
+@gluon.jit
+def part_of_x(x_smem, half, part: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """x [tokens of a part, 64] of 64 inputs, the half-th of all stages', in shared memory."""
+    LEAST: gl.constexpr = least_part(T)
+    TOKENS: gl.constexpr = part_tokens(T, part)
+    x = x_smem.index(half * (T.block_m // LEAST) + part_begin(T, part) // LEAST)
+    if TOKENS > LEAST:
+        x = x._reinterpret(x.dtype, [TOKENS, 64], x.layout)
+    return x
 
 
 @gluon.jit
@@ -154,8 +183,8 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 
 @gluon.jit
 def _pieces_of_x(m0, M, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Pieces of PIECE tokens from m0 on that have any of M."""
-    return gl.cdiv(gl.minimum(M - m0, T.block_m), PIECE)
+    """Pieces of x from token m0 on that have any of M."""
+    return gl.cdiv(gl.minimum(M - m0, T.block_m), piece_of(T))
 
 
 @gluon.jit
@@ -164,9 +193,10 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
     """Start the copies of the t-th tile or slices of K into a stage: words (and announce all bytes), x, or both.
     FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros.
 
-    Of a tile that M does not fill, x is copied in pieces, and none beyond: a copy fills rows that are not there with
+    Where M does not fill a tile, x is copied in pieces, and none beyond: a copy fills rows that are not there with
     zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere."""
     SLICES: gl.constexpr = T.slices
+    PIECE: gl.constexpr = piece_of(T)
     PIECES: gl.constexpr = T.block_m // PIECE
     ready = ready_of(barriers, stage, T)
     if WORDS:
@@ -177,16 +207,21 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
             row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
             tma.async_copy_global_to_shared(words_desc, [row, 0], ready, slices.index(SLICES * stage + s), pred=live)
     if X and T.sharers > 1:
-        gl.static_assert(T.sharers == 2)
+        gl.static_assert(T.sharers == 2 and n_parts(T) == 1)
         h = cluster_rank() % 2
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
         copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
     elif X:
         whole = live & (m0 + T.block_m <= M)
         for h in gl.static_range(2 * SLICES):  # 64 inputs each
-            tma.async_copy_global_to_shared(
-                x_desc, [m0, t * (128 * SLICES) + h * 64], ready, x_smem.index(2 * SLICES * stage + h), pred=whole
-            )
+            half = 2 * SLICES * stage + h
+            k0 = t * (128 * SLICES) + h * 64
+            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, part_of_x(x_smem, half, 0, T), pred=whole)
+            if n_parts(T) > 1:
+                m1 = m0 + part_begin(T, 1)
+                tma.async_copy_global_to_shared(
+                    x_piece_desc, [m1, k0], ready, part_of_x(x_smem, half, 1, T), pred=whole
+                )
         if live & (m0 + T.block_m > M):
             small = x_smem._reinterpret(x_desc.dtype, [2 * SLICES * T.stages * PIECES, PIECE, 64], x_piece_desc.layout)
             for piece in range(_pieces_of_x(m0, M, T)):
@@ -214,12 +249,21 @@ def all_tiles(M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile."""
+    """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile. The
+    last tile of tokens ends with M and begins within the one before it, if there is one: tokens that `first_to_keep`
+    leaves to that."""
     m_tiles, n_tiles = gl.cdiv(M, T.block_m), gl.cdiv(N, T.block_n)
     first_n = tile // (_GROUP_N * m_tiles) * _GROUP_N
     width = gl.minimum(n_tiles - first_n, _GROUP_N)
     within = tile % (_GROUP_N * m_tiles)
-    return (first_n + within % width) * T.block_n, within // width * T.block_m
+    m0 = gl.minimum(within // width * T.block_m, gl.maximum(M - T.block_m, 0))
+    return (first_n + within % width) * T.block_n, m0
+
+
+@gluon.jit
+def first_to_keep(m0, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The first token of a tile that begins at token m0 which is not of the tile before it, too."""
+    return gl.cdiv(m0, T.block_m) * T.block_m
 
 
 @gluon.jit
@@ -257,36 +301,39 @@ def wait_for_previous(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's sums [ROWS, BLOCK_M] over its share of K: a tile of y, a share of one, or sums in the workspace for
-    another kernel."""
-    BLOCK_M: gl.constexpr = T.block_m
-    BLOCK_N: gl.constexpr = T.block_n
+def leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's sums, [ROWS, tokens] of each part, over its share of K: a tile of y, a share of one, or sums in the
+    workspace for another kernel."""
+    PARTS: gl.constexpr = n_parts(T)
     if T.adders > 1:
-        total, rm, rn = add_up(acc, rank, T)
-        _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * BLOCK_N, m0, rm, rn, M, N, T)
+        exchange(accs, rank, T)
+        for p in gl.static_range(PARTS):
+            total, rm, rn = total_of(p, rank, T)
+            rm += part_begin(T, p)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * T.block_n, m0, rm, rn, M, N, T)
         depart()
     elif T.split > 1 and T.slices == 1:
-        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (BLOCK_M * BLOCK_N)
-        rn = gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma_layout(T)))
-        rm = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(T))), 0)
-        gl.store(sums_ptr + rm * BLOCK_N + gl.expand_dims(rn, 1), acc)
+        sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (T.block_m * T.block_n)
+        for p in gl.static_range(PARTS):
+            rn = gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T, p)))
+            rm = part_begin(T, p) + gl.arange(0, part_tokens(T, p), gl.SliceLayout(0, mma_layout(T, p)))
+            gl.store(sums_ptr + gl.expand_dims(rm * T.block_n, 0) + gl.expand_dims(rn, 1), accs[p])
     else:
-        leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
+        leave_alone(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
 
 
 @gluon.jit
-def leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """`leave` of sums [ROWS, BLOCK_M] that no other program of a cluster has a share of."""
+def leave_alone(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """`leave` of sums that no other program of a cluster has a share of."""
     if T.slices > 1:
         TOKENS: gl.constexpr = tokens_at_once(T)
-        PARTS: gl.constexpr = T.block_m // TOKENS
-        for part in gl.static_range(PARTS):
-            total, rm, rn = add_slices(_tokens_of(acc, part, PARTS, T), T)
-            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + part * TOKENS, rn, M, N, T)
+        COPIES: gl.constexpr = T.block_m // TOKENS
+        for i in gl.static_range(COPIES):
+            total, rm, rn = add_slices(_tokens_of(accs[0], i, COPIES, T), T)
+            _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + i * TOKENS, rn, M, N, T)
     else:
         wait_for_sharers(T)
-        _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T)
+        _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T)
         if T.sharers > 1:
             attend_sums(T)
 
@@ -306,8 +353,10 @@ def _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T
         if T.has_bias:
             bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0)
             total += gl.expand_dims(bias.to(gl.float32), 0)
-        mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
-        y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+        tokens = m0 + rm
+        keep = (tokens >= first_to_keep(m0, T)) & (tokens < M)
+        y_at = gl.expand_dims(tokens.to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
+        mask = gl.expand_dims(keep, 1) & gl.expand_dims(n0 + rn < N, 0)
         gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -323,23 +372,63 @@ def _tokens_of(acc, part: gl.constexpr, PARTS: gl.constexpr, T: gl.constexpr):  
 
 
 @gluon.jit
-def _store_tile(out_desc, acc, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
-    needed, or of a persistent program its own, of which copies may still read when this returns."""
+def _leaving(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of a tile [ROWS, tokens_at_once], one behind the other."""
+    PARTS: gl.constexpr = n_parts(T)
     TOKENS: gl.constexpr = tokens_at_once(T)
-    PARTS: gl.constexpr = T.block_m // TOKENS
-    if T.has_bias:
-        rn = gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T)))
-        bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
-        acc += gl.expand_dims(bias, 1)
+    found = ()
+    for p in gl.static_range(PARTS):
+        for i in gl.static_range(part_tokens(T, p) // TOKENS):
+            found = found + (_tokens_of(accs[p], i, part_tokens(T, p) // TOKENS, T),)
+    return found
+
+
+@gluon.jit
+def _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
+    needed, or of a persistent program its own, of which copies may still read when this returns. Of a tile that begins
+    within another by stores, which leave that one's tokens alone."""
+    TOKENS: gl.constexpr = tokens_at_once(T)
+    COPIES: gl.constexpr = T.block_m // TOKENS
+    ROOM: gl.constexpr = copies_at_once(T)
+    ROUNDS: gl.constexpr = -(-COPIES // ROOM)
     gl.static_assert(T.persistent or 128 * T.stages >= T.block_n, "the stages of x do not hold y")
-    y_smem = out_smem._reinterpret(out_desc.dtype, [TOKENS, T.block_n], out_desc.layout)
-    for part in gl.static_range(PARTS):
+    y_smem = out_smem._reinterpret(out_desc.dtype, [ROOM, TOKENS, T.block_n], out_desc.layout)
+    sums = _leaving(accs, T)
+    keep = first_to_keep(m0, T)
+    for r in gl.static_range(ROUNDS):
         if T.persistent:
             tma.store_wait(0)
         gl.thread_barrier()  # other warps may still be multiplying, or not know that copies have read what was here
-        y_smem.permute([1, 0]).store(_tokens_of(acc, part, PARTS, T).to(out_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [m0 + part * TOKENS, n0], y_smem)
+        for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
+            y = sums[r * ROOM + i]
+            if T.has_bias:
+                rn = gl.arange(0, T.block_n, gl.SliceLayout(1, leaving_layout(T)))
+                bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
+                y += gl.expand_dims(bias, 1)
+            y_smem.index(i).permute([1, 0]).store(y.to(out_desc.dtype))
+        if m0 == keep:
+            fence_async_shared()
+            for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
+                tma.async_copy_shared_to_global(out_desc, [m0 + (r * ROOM + i) * TOKENS, n0], y_smem.index(i))
+        else:
+            gl.thread_barrier()
+            for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
+                _store_later(y_smem.index(i), out_ptr, n0, m0 + (r * ROOM + i) * TOKENS, keep, N, T)
     if not T.persistent:
         tma.store_wait(0)
+
+
+@gluon.jit
+def _store_later(y_smem, out_ptr, n0, m0, keep, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """y [tokens, BLOCK_N] in shared memory to y from token m0 and column n0 on, but none before token `keep`. In PTX:
+    `gl.store` stores for one program of a cluster, and each has its own."""
+    y = y_smem.load(store_layout(T))
+    rn = n0 + gl.arange(0, T.block_n, gl.SliceLayout(0, store_layout(T)))
+    tokens = m0 + gl.arange(0, y.shape[0], gl.SliceLayout(1, store_layout(T)))
+    at = gl.expand_dims(tokens.to(gl.int64) * N, 1) + gl.expand_dims(rn, 0)
+    live = gl.expand_dims((tokens >= keep).to(gl.int32), 1) & gl.expand_dims((rn < N).to(gl.int32), 0)
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.u32 p, $4, 0; @p st.global.b32 [$2], $1; mov.b32 $0, 0;}", "=r,r,l,l,r,r",
+        [y, (out_ptr + at).to(gl.int64), live], dtype=gl.int16, is_pure=False, pack=2,
+    )  # fmt: skip

@@ -46,6 +46,7 @@ from compress.kernels.tile_parts import (
     load_columns,
     load_words,
     next_stage,
+    part_of_x,
     slice_of_warp,
 )
 from compress.kernels.tile_shape import (
@@ -53,7 +54,9 @@ from compress.kernels.tile_shape import (
     fields_per_tile,
     in_units,
     mma_layout,
+    n_parts,
     operand_layout,
+    part_tokens,
     rows_of,
     tiles_ahead,
 )
@@ -102,14 +105,17 @@ def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.co
 
 
 @gluon.jit
-def to_size(acc, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def to_size(accs, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of products with `part_of_tile`, in its units -> those with weights. Rows are where the operand has
     them."""
+    sized = accs
     if in_units(T):
-        ROWS: gl.constexpr = gl.SliceLayout(1, mma_layout(T))
-        unit = gl.convert_layout(SCALED_UNIT / part_of_unit, ROWS, assert_trivial=True)
-        acc = acc * gl.expand_dims(unit, 1)
-    return acc
+        unit = SCALED_UNIT / part_of_unit
+        sized = ()
+        for p in gl.static_range(n_parts(T)):
+            by = gl.convert_layout(unit, gl.SliceLayout(1, mma_layout(T, p)), assert_trivial=True)
+            sized = sized + (accs[p] * gl.expand_dims(by, 1),)
+    return sized
 
 
 @gluon.jit
@@ -117,21 +123,60 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
     last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """float32 [ROWS, BLOCK_M]: the sums of a tile over stages first .. last - 1 of K, the first STAGES of which are on
-    their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
+    """float32 [ROWS, tokens] of each part: the sums of a tile over stages first .. last - 1 of K, the first STAGES of
+    which are on their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     if T.unroll > 1 or T.persistent:
         gl.assume(first < last)
     if blocks_of(T) == 2:
-        acc, stage, phase = _in_four_groups(
+        accs, stage, phase = _in_four_groups(
             words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
             first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
     else:
-        acc, stage, phase = _in_two_groups(
+        accs, stage, phase = _in_two_groups(
             words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
             first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
         )  # fmt: skip
-    return to_size(acc, part_of_unit, T), stage, phase
+    return to_size(accs, part_of_unit, T), stage, phase
+
+
+@gluon.jit
+def _no_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """For MMAs to add to: [ROWS, tokens] of each part."""
+    ROWS: gl.constexpr = rows_of(T)
+    accs = ()
+    for p in gl.static_range(n_parts(T)):
+        acc = gl.zeros((ROWS, part_tokens(T, p)), gl.float32, mma_layout(T, p))
+        accs = accs + (warpgroup_mma_init(acc),)
+    return accs
+
+
+@gluon.jit
+def _multiply(w, x_smem, half, accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Start MMAs of w [ROWS, 64] with all tokens of 64 inputs, the half-th of all stages': a group for each part. The
+    largest is the last: two of its MMAs are what goes on while this warp does."""
+    PARTS: gl.constexpr = n_parts(T)
+    sums = ()
+    for i in gl.static_range(PARTS):
+        left = gl.convert_layout(w, operand_layout(T, PARTS - 1 - i), assert_trivial=True)
+        x = part_of_x(x_smem, half, PARTS - 1 - i, T).permute([1, 0])
+        sums = (warpgroup_mma(left, x, accs[PARTS - 1 - i], is_async=True),) + sums
+    return sums
+
+
+@gluon.jit
+def _wait_but(groups: gl.constexpr, accs, operands, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until all but so many groups of each part are done: accs, and then registers of operands that may be written."""
+    PARTS: gl.constexpr = n_parts(T)
+    OPERANDS: gl.constexpr = len(operands)
+    there = warpgroup_mma_wait(groups * PARTS, deps=accs + operands)
+    sums = ()
+    for p in gl.static_range(PARTS):
+        sums = sums + (there[p],)
+    free = ()
+    for i in gl.static_range(OPERANDS):
+        free = free + (there[PARTS + i],)
+    return sums, free
 
 
 @gluon.jit
@@ -188,12 +233,11 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
     last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """`multiply_tiles`, all rows at once. Nothing but acc outlives an iteration, for which ptxas would move registers:
+    """`multiply_tiles`, all rows at once. Nothing but accs outlives an iteration, for which ptxas would move registers:
     low and high are handed on to the wait alone."""
     ROWS: gl.constexpr = rows_of(T)
-    TOKENS: gl.constexpr = T.block_m
     UNROLL: gl.constexpr = T.unroll
-    acc = warpgroup_mma_init(gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T)))
+    accs = _no_sums(T)
     low = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     high = low
     part = slice_of_warp(T)
@@ -203,28 +247,27 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             t = first_of_run + i
             # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
             # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-            acc, low = warpgroup_mma_wait(1, deps=(acc, low))
+            accs, _ = _wait_but(1, accs, (low,), T)
             low = part_of_tile(words, columns, 0, 0, 1, T)
-            x = x_smem.index(2 * (T.slices * stage + part)).permute([1, 0])
-            acc = warpgroup_mma(low, x, acc, is_async=True)
+            accs = _multiply(low, x_smem, 2 * (T.slices * stage + part), accs, T)
             columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
-            acc, high = warpgroup_mma_wait(1, deps=(acc, high))  # and the stage of the last tile may be filled again
+            accs, _ = _wait_but(1, accs, (high,), T)  # and the stage of the last tile may be filled again
             behind = _stage_behind(stage, T)
             if not COPIES:
                 arrive_empty(behind, _filled_again(t, first, last, again, T), T)
             high = part_of_tile(words, columns, 1, 0, 1, T)
-            x = x_smem.index(2 * (T.slices * stage + part) + 1).permute([1, 0])
+            half = 2 * (T.slices * stage + part) + 1
             if i + 1 < UNROLL:
                 stage, phase = next_stage(stage, phase, T)
                 words = _words_of(words_smem, stage, phase, T)
-            acc = warpgroup_mma(high, x, acc, is_async=True)
+            accs = _multiply(high, x_smem, half, accs, T)
             if COPIES:
                 _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0,
                            m0, M, N, T)  # fmt: skip
             columns = _behind_first(columns, T)
         stage, phase = next_stage(stage, phase, T)
-    acc, low, high = warpgroup_mma_wait(0, deps=(acc, low, high))
-    return acc, stage, phase
+    accs, _ = _wait_but(0, accs, (low, high), T)
+    return accs, stage, phase
 
 
 @gluon.jit
@@ -275,4 +318,4 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
         stage, phase = next_stage(stage, phase, T)
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
-    return gl.convert_layout(both, mma_layout(T), assert_trivial=True), stage, phase
+    return (gl.convert_layout(both, mma_layout(T), assert_trivial=True),), stage, phase

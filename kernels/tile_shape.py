@@ -27,7 +27,7 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
-PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where a tile is not full
+_PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where M does not fill a tile
 _HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
@@ -85,7 +85,8 @@ class TiledConfig:
     def shares_x(self) -> int:
         """`sharers`, or 1 where there is none to share x with."""
         sums = self.adders > 1 or self.split_k == 1
-        return self.sharers if self.producer and sums and self.slices == 1 and not self.persistent else 1
+        one_copy = self.block_m & (self.block_m - 1) == 0
+        return self.sharers if self.producer and sums and self.slices == 1 and one_copy and not self.persistent else 1
 
     def within(self, tiles: int, bits: int = 4) -> TiledConfig:
         """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor in
@@ -108,6 +109,10 @@ class TiledConfig:
     def leaving_tokens(self, bits: int = 4) -> int:
         """Tokens of y that leave at once."""
         return _leaving_tokens(self, bits)
+
+    def tokens_copied(self) -> tuple[int, int]:
+        """Tokens of copies of x: of the first part, and of the second part or pieces."""
+        return _tokens_copied(self.block_m)
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail or y, and mbarriers."""
@@ -176,6 +181,36 @@ def blocks_of(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def n_parts(t):  # type: ignore[no-untyped-def]
+    """Parts of a tile's tokens, each with MMAs of its own: BLOCK_M is a power of two or the sum of two."""
+    return bin(t.block_m).count("1")
+
+
+@gluon.constexpr_function
+def part_begin(t, part):  # type: ignore[no-untyped-def]
+    """First token of a part; the larger part is the first."""
+    return 0 if part == 0 else 1 << (t.block_m.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def part_tokens(t, part):  # type: ignore[no-untyped-def]
+    """Tokens of a part, a power of two."""
+    return t.block_m - part_begin(t, part) if part else 1 << (t.block_m.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def least_part(t):  # type: ignore[no-untyped-def]
+    """Tokens of the last part."""
+    return t.block_m & -t.block_m
+
+
+@gluon.constexpr_function
+def piece_of(t):  # type: ignore[no-untyped-def]
+    """Tokens of the second descriptor of x: of its second part, where there is one."""
+    return least_part(t) if n_parts(t) > 1 else _PIECE.value
+
+
+@gluon.constexpr_function
 def stage_bytes(t):  # type: ignore[no-untyped-def]
     """Words and x of a stage."""
     return rows_of(t) * 16 * t.bits + t.slices * t.block_m * 256
@@ -193,9 +228,15 @@ def x_offset(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def row_bytes(t):  # type: ignore[no-untyped-def]
+    """Sums of a token [ROWS + _PAD]: a multiple of 16."""
+    return 4 * (rows_of(t) + _PAD.value)
+
+
+@gluon.constexpr_function
 def share_bytes(t):  # type: ignore[no-untyped-def]
-    """Sums of the tokens that a program of a cluster owns [tokens, ROWS + _PAD]: a multiple of 16."""
-    return t.block_m // t.adders * 4 * (rows_of(t) + _PAD.value)
+    """Sums of the tokens that a program of a cluster owns."""
+    return t.block_m // t.adders * row_bytes(t)
 
 
 @gluon.constexpr_function
@@ -213,16 +254,25 @@ def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def token_bytes(t):  # type: ignore[no-untyped-def]
     """Of what a token leaves through: a row of y, or of sums [ROWS + _PAD], which slices add up."""
-    return 2 * t.block_n if t.slices == 1 else 4 * (rows_of(t) + _PAD.value)
+    return 2 * t.block_n if t.slices == 1 else row_bytes(t)
 
 
 @gluon.constexpr_function
 def tokens_at_once(t):  # type: ignore[no-untyped-def]
-    """Tokens of y that leave at once: all, or of a persistent program what there is room for behind the stages."""
-    tokens = t.block_m
+    """Tokens of y that one copy takes: all of a part, or of a persistent program what there is room for behind the
+    stages."""
+    tokens = least_part(t)
     while t.persistent and tokens > 1 and stages_bytes(t) + token_bytes(t) * tokens > _FOR_STAGES_AND_Y.value:
         tokens //= 2
     return tokens
+
+
+@gluon.constexpr_function
+def copies_at_once(t):  # type: ignore[no-untyped-def]
+    """Of `tokens_at_once`, that there is room for."""
+    tokens = tokens_at_once(t)
+    room = (_FOR_STAGES_AND_Y.value - stages_bytes(t)) // (token_bytes(t) * tokens) if t.persistent else t.block_m
+    return max(1, min(t.block_m // tokens, room))
 
 
 @gluon.constexpr_function
@@ -236,7 +286,7 @@ def memory_units(t):  # type: ignore[no-untyped-def]
     """Kilobytes of all."""
     behind = (t.adders - 1) * share_bytes(t) + 8 if t.adders > 2 else 0
     if t.persistent:
-        behind = token_bytes(t) * tokens_at_once(t)
+        behind = token_bytes(t) * tokens_at_once(t) * copies_at_once(t)
     return stages_bytes(t) // _UNIT.value + -(-(behind + 16 * t.stages + 8 * t.streams) // _UNIT.value)
 
 
@@ -262,6 +312,12 @@ def _adders(config: TiledConfig) -> int:
 @cache
 def _leaving_tokens(config: TiledConfig, bits: int) -> int:
     return int(tokens_at_once(Tile.of(config, bits=bits)))
+
+
+@cache
+def _tokens_copied(block_m: int) -> tuple[int, int]:
+    tile = Tile(block_m, 128, 1, 8, 1, 1)
+    return int(part_tokens(tile, 0)), int(piece_of(tile))
 
 
 @cache
@@ -318,14 +374,16 @@ def leaving_layout(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def mma_layout(t):  # type: ignore[no-untyped-def]
-    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, t.block_m, 16], cluster_bases(ctas_of(t), 2))
+def mma_layout(t, part=0):  # type: ignore[no-untyped-def]
+    """Of the sums [ROWS, tokens] of a part."""
+    tokens = part_tokens(t, part)
+    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens, 16], cluster_bases(ctas_of(t), 2))
 
 
 @gluon.constexpr_function
-def operand_layout(t):  # type: ignore[no-untyped-def]
-    """Of the MMA's left operand, weights."""
-    return gl.DotOperandLayout(0, mma_layout(t), 2)
+def operand_layout(t, part=0):  # type: ignore[no-untyped-def]
+    """Of the MMA's left operand, weights: the same registers for each part."""
+    return gl.DotOperandLayout(0, mma_layout(t, part), 2)
 
 
 @gluon.constexpr_function
@@ -348,6 +406,12 @@ def words_layout(t):  # type: ignore[no-untyped-def]
         warp.append([2 * bits * w, 0])
         w *= 2
     return gl.DistributedLinearLayout(reg, lane, warp, cluster_bases(ctas_of(t), 2), [rows_of(t) * bits // 8, 64])
+
+
+@gluon.constexpr_function
+def store_layout(t):  # type: ignore[no-untyped-def]
+    """Of y [tokens_at_once, BLOCK_N], two neighbours in a thread and 64 in a warp."""
+    return gl.BlockedLayout([1, 2], [1, 32], [t.warps, 1], [1, 0], cluster_bases(ctas_of(t), 2))
 
 
 @gluon.constexpr_function

@@ -173,7 +173,7 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
     if T.persistent:
         alone, turns = turns_of(whole, tiles, part, M, N, T)
         for i in range(turns):
-            acc, stage, phase = multiply_tiles(
+            accs, stage, phase = multiply_tiles(
                 None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
                 n0, m0, M, N, K, tiles, stage, phase, again, False, T,
             )  # fmt: skip
@@ -183,19 +183,19 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
             part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
             if T.streams and T.adders == 1:
                 _, _, end, giver = turn(i, alone, whole, tiles, part, M, N, T)
-                acc = with_given(acc, workspace_ptr, giver, gl.program_id(0), T)
+                accs = with_given(accs, workspace_ptr, giver, gl.program_id(0), T)
                 if end == gl.cdiv(tiles, T.slices):
-                    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
+                    leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
                 else:
-                    give(acc, workspace_ptr, T)
+                    give(accs, workspace_ptr, T)
             elif i < alone:
-                leave_alone(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, here_n, here_m, M, N, T)
+                leave_alone(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, here_n, here_m, M, N, T)
             elif T.adders > 1:
-                leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
+                leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, here_n, here_m, M, N, T)
             again = True
         tma.store_wait(0)
     else:
-        acc, stage, phase = multiply_tiles(
+        accs, stage, phase = multiply_tiles(
             None, None, None, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first, last,
             n0, m0, M, N, K, tiles, stage, phase, again, False, T,
         )  # fmt: skip
@@ -203,7 +203,7 @@ def _consume(out_desc, out_ptr, scale_ptr, zero_ptr, bias_ptr, workspace_ptr, wo
         # program's share of K is empty, its consumers have not, and who had the workspace before may still read it.
         if T.pdl and (T.is_tail or T.split > T.adders):
             pdl_wait()
-        leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
+        leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "first_tile", "part", "whole"])

@@ -65,7 +65,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_shape import GROUP_N, PIECE, Tile, TiledConfig
+from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, places, rounds
 from compress.kernels.wna16_layout import PackedWeight
@@ -94,13 +94,13 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     stage = 0
     phase = 0
     again = False
-    acc, stage, phase = multiply_tiles(
+    accs, stage, phase = multiply_tiles(
         words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
         first, last, n0, m0, M, N, K, tiles, stage, phase, again, True, T,
     )  # fmt: skip
     if T.is_tail and T.pdl:
         pdl_wait()  # whoever waits for this launch means the one before it, too
-    leave(acc, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
+    leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, m0, M, N, T)
 
 
 @triton.jit(do_not_specialize=["M", "first_tile"])
@@ -116,9 +116,10 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     tile, part = tl.program_id(0), tl.program_id(1)
     tile_n, tile_m = tile_of_program(tile + first_tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
     rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    rm, rn = tile_m * BLOCK_M + rows, tile_n * BLOCK_N + columns
+    own = tile_m * BLOCK_M  # the last tile of tokens ends with M (`tile_parts.tile_origin`)
+    rm, rn = min(own, max(M - BLOCK_M, 0)) + rows, tile_n * BLOCK_N + columns
     at = sums_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
-    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    mask = ((rm >= own) & (rm < M))[:, None] & (rn < N)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for s in tl.static_range(SPLIT):
         total += tl.load(at + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0)
@@ -192,7 +193,7 @@ def launch(
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or m % config.block_m):
+    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or m < config.block_m):
         config = replace(config, sharers=1)  # the last tile of N has no neighbour, or x is copied in pieces
     tiles = weight.words.shape[0]
     config = config.within(tiles, weight.bits)
@@ -229,8 +230,9 @@ def _launch_tiles(
             n_tiles * split // adders * config.block_m * config.block_n, dtype=torch.float32, device=x.device
         )
     wide = _copy_layout(ctas)
-    x_desc = TensorDescriptor(x, [m, k], [k, 1], [config.block_m, 64], wide)
-    x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [PIECE.value, 64], wide)
+    part, piece = config.tokens_copied()
+    x_desc = TensorDescriptor(x, [m, k], [k, 1], [part, 64], wide)
+    x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [piece, 64], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
     words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
     tile = Tile.of(

@@ -32,6 +32,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 SHARED_OUT = TiledConfig(128, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True)
 HALVED = replace(SHARED_OUT, cluster=2)
+WIDE_SHARED = replace(SHARED_OUT, block_m=192, stages=3)
 # one compiled kernel each: configuration, dtype, group (None is a row), symmetric, bias; then N, K and M
 DECODE_N, DECODE_K = (72, 264, 1000), (640, 2048, 16512)
 CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
@@ -122,6 +123,17 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
         (64, 150),
     ),
     (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), "bf16", 64, False, True, (19272,), (640,), (30, 300)),
+    # tokens in two parts, with MMAs of each: fewer than a tile, a last tile that begins within another; alone, in rounds,
+    # shared out by all and by pairs, in clusters of four, by another kernel, without a producer
+    (TiledConfig(96, 128, 1, 8, 4, 1, True, 1, 2), "fp16", 128, True, True, DECODE_N, (640, 1024), (90, 96, 150)),
+    (TiledConfig(192, 128, 1, 8, 3, 1, True, 1, 2, 1, 0, True), "bf16", 64, False, True, (19272,), (1024,), (150, 600)),
+    (TiledConfig(160, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, False, (19200,), (2304,), (160, 200)),
+    (TiledConfig(192, 128, 2, 8, 3, 1, True, 1, 1, 1, 0, True), "bf16", 32, False, True, (1000,), (22528,), (300,)),
+    (TiledConfig(96, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (12416, 19200), (1024,), (250,)),
+    (TiledConfig(160, 128, 4, 8, 3, 4, True), "bf16", 128, False, True, DECODE_N, DECODE_K, (100, 300)),
+    (TiledConfig(192, 128, 2, 8, 3, 2, True, 1, 2), "fp16", None, True, False, DECODE_N, (1024,), (192, 300)),
+    (TiledConfig(96, 64, 4, 4, 3), "fp16", 128, False, True, DECODE_N, DECODE_K, (30, 300)),
+    (TiledConfig(160, 64, 1, 4, 3), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
@@ -174,6 +186,7 @@ BYTE_CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(256, 128, 1, 8, 2, 1, True, 2), "fp16", 128, True, True, DECODE_N, DECODE_K, (100, 300)),
     (TiledConfig(16, 64, 2, 8, 4, 2, True, 1, 1, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (1, 13)),
     (TiledConfig(128, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 128, True, True, (19200,), (1024,), (300,)),
+    (TiledConfig(160, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (19200,), (1024,), (200,)),
     (None, "fp16", 64, False, True, DECODE_N, DECODE_K, (1, 16, 100, 300)),
 ]
 
@@ -332,10 +345,10 @@ def chain(x: torch.Tensor, weight: w4a16.KernelWeight, configs: list[Any], kept:
         ([DECODE_2048], 8), ([TILED_2048], 8), ([DECODE_2048, TILED_2048], 8), ([SLICES_2048], 30),
         ([SLICES_2048, TILED_2048], 30), ([ROUNDS_2048], 1024), ([SLICES_IN_ROUNDS, ROUNDS_2048], 1024),
         # 132 of 160 tiles alone, where there are so many multiprocessors, and the others by four or two each
-        ([SHARED_OUT], 1200), ([HALVED, SHARED_OUT], 1200),
+        ([SHARED_OUT], 1200), ([HALVED, SHARED_OUT], 1200), ([WIDE_SHARED], 1250), ([HALVED, WIDE_SHARED], 1250),
     ],
     ids=["decode", "tiled split", "in turns", "slices", "slices in turns", "rounds", "slices in rounds",
-         "rounds, last shared", "these and halves in turns"],
+         "rounds, last shared", "these and halves in turns", "in two parts", "these and halves"],
 )  # fmt: skip
 def test_each_of_200_products_reads_the_whole_one_before(
     square: tuple[w4a16.KernelWeight, torch.Tensor], configs: list[Any], m: int
