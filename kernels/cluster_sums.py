@@ -34,7 +34,6 @@ from compress.kernels.tile_shape import (
     mail_offset,
     n_parts,
     out_offset,
-    part_begin,
     part_tokens,
     row_bytes,
     share_bytes,
@@ -180,7 +179,7 @@ def exchange(accs, rank, T: gl.constexpr):  # type: ignore[no-untyped-def]
         _open_mailbox(MBARRIER, SHARE)
         _arrive()
     for p in gl.static_range(PARTS):
-        _lay_out(accs[p], part_begin(T, p) // ADDERS * ROW, ROW, part_tokens(T, p) // ADDERS, SHARE)
+        _lay_out(accs[p], p * part_tokens(T) // ADDERS * ROW, ROW, part_tokens(T) // ADDERS, SHARE)
     fence_async_shared()
     gl.thread_barrier()
     if ADDERS == 2 or SHARERS == 1:
@@ -200,8 +199,8 @@ def total_of(part: gl.constexpr, rank, T: gl.constexpr):  # type: ignore[no-unty
     SHARE: gl.constexpr = share_bytes(T)
     ROW: gl.constexpr = row_bytes(T)
     MAIL: gl.constexpr = mail_offset(T)
-    TOKENS: gl.constexpr = part_tokens(T, part)
-    BEGIN: gl.constexpr = part_begin(T, part) // ADDERS * ROW
+    TOKENS: gl.constexpr = part_tokens(T)
+    BEGIN: gl.constexpr = part * TOKENS // ADDERS * ROW
     share = rank // T.sharers
     L: gl.constexpr = sum_layout(T)
     rm = gl.arange(0, TOKENS, gl.SliceLayout(1, L))

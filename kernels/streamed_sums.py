@@ -40,7 +40,6 @@ from compress.kernels.tile_shape import (
     ctas_of,
     mma_layout,
     n_parts,
-    part_begin,
     part_tokens,
     rows_of,
 )
@@ -181,8 +180,8 @@ def _in_lines(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
     registers."""
     lines = ()
     for p in gl.static_range(n_parts(T)):
-        split = accs[p].reshape([blocks_of(T), T.warps, 2, 8, part_tokens(T, p) // 8, 4, 2])
-        lines = lines + (split.permute(0, 4, 1, 3, 5, 2, 6).reshape([rows_of(T) * part_tokens(T, p)]),)
+        split = accs[p].reshape([blocks_of(T), T.warps, 2, 8, part_tokens(T) // 8, 4, 2])
+        lines = lines + (split.permute(0, 4, 1, 3, 5, 2, 6).reshape([rows_of(T) * part_tokens(T)]),)
     return lines
 
 
@@ -191,9 +190,9 @@ def _from_lines(lines, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """The inverse."""
     accs = ()
     for p in gl.static_range(n_parts(T)):
-        split = lines[p].reshape([blocks_of(T), part_tokens(T, p) // 8, T.warps, 8, 4, 2, 2])
-        acc = split.permute(0, 2, 5, 3, 1, 4, 6).reshape([rows_of(T), part_tokens(T, p)])
-        accs = accs + (gl.convert_layout(acc, mma_layout(T, p), assert_trivial=True),)
+        split = lines[p].reshape([blocks_of(T), part_tokens(T) // 8, T.warps, 8, 4, 2, 2])
+        acc = split.permute(0, 2, 5, 3, 1, 4, 6).reshape([rows_of(T), part_tokens(T)])
+        accs = accs + (gl.convert_layout(acc, mma_layout(T), assert_trivial=True),)
     return accs
 
 
@@ -201,7 +200,7 @@ def _from_lines(lines, T: gl.constexpr):  # type: ignore[no-untyped-def]
 def _sums_of(workspace_ptr, program, lines, p: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Addresses of what a program gives of a part, as its lines are laid out."""
     L: gl.constexpr = lines[p].type.layout
-    first = program.to(gl.int64) * (rows_of(T) * T.block_m) + rows_of(T) * part_begin(T, p)
+    first = program.to(gl.int64) * (rows_of(T) * T.block_m) + rows_of(T) * part_tokens(T) * p
     return workspace_ptr + first + gl.arange(0, lines[p].shape[0], L)
 
 

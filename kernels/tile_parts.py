@@ -34,11 +34,13 @@ from compress.kernels.gluon_parts import (
 from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stages, ready_of
 from compress.kernels.tile_shape import (
     GROUP_N,
+    PIECE,
     blocks_of,
     copies_at_once,
     ctas_of,
+    first_copied,
     in_units,
-    least_part,
+    last_copied,
     leaving_layout,
     memory_layout,
     memory_units,
@@ -46,9 +48,7 @@ from compress.kernels.tile_shape import (
     n_parts,
     operand_layout,
     out_offset,
-    part_begin,
     part_tokens,
-    piece_of,
     rows_of,
     store_layout,
     stage_bytes,
@@ -68,20 +68,19 @@ def _barrier_layout(t):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES BLOCK_M / LEAST, LEAST, 64] in shared memory,
-    LEAST tokens being those of the last part of a tile; mbarriers int64 [128, 1], the last 2 STAGES of which are those
-    of the stages; and where y leaves through. All of it is there for whoever runs behind this."""
+    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES PARTS, tokens of a part, 64] in shared memory, and
+    mbarriers int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves through. All of it
+    is there for whoever runs behind this."""
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (n_parts(T) == 2 and T.slices == 1 and blocks_of(T) == 1),
-                     "tokens are a power of two, or the sum of two for programs of one slice and 16 rows a warp")  # fmt: skip
+    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1 and T.block_m % PIECE == 0),
+                     "tokens are a power of two, or so many times 16 of programs of one slice and 16 rows a warp")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
     X_UNIT: gl.constexpr = x_offset(T) // 1024
-    LEAST: gl.constexpr = least_part(T)
-    PIECES: gl.constexpr = 2 * T.slices * T.stages * T.block_m // LEAST
-    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [PIECES, LEAST, 64], x_desc.layout)
+    PARTS: gl.constexpr = 2 * T.slices * T.stages * n_parts(T)
+    x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [PARTS, part_tokens(T), 64], x_desc.layout)
     OUT_UNIT: gl.constexpr = out_offset(T) // 1024
     barriers = memory.index(UNITS - 1)._reinterpret(gl.int64, [128, 1], _barrier_layout(T))
     open_stages(T)
@@ -114,17 +113,6 @@ def rows_within(rows, T: gl.constexpr):  # type: ignore[no-untyped-def]
     if T.slices > 1:
         rows = rows % T.block_n
     return rows
-
-
-@gluon.jit
-def part_of_x(x_smem, half, part: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """x [tokens of a part, 64] of 64 inputs, the half-th of all stages', in shared memory."""
-    LEAST: gl.constexpr = least_part(T)
-    TOKENS: gl.constexpr = part_tokens(T, part)
-    x = x_smem.index(half * (T.block_m // LEAST) + part_begin(T, part) // LEAST)
-    if TOKENS > LEAST:
-        x = x._reinterpret(x.dtype, [TOKENS, 64], x.layout)
-    return x
 
 
 @gluon.jit
@@ -184,7 +172,7 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 @gluon.jit
 def _pieces_of_x(m0, M, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Pieces of x from token m0 on that have any of M."""
-    return gl.cdiv(gl.minimum(M - m0, T.block_m), piece_of(T))
+    return gl.cdiv(gl.minimum(M - m0, T.block_m), PIECE)
 
 
 @gluon.jit
@@ -194,34 +182,47 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
     FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros.
 
     Where M does not fill a tile, x is copied in pieces, and none beyond: a copy fills rows that are not there with
-    zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere."""
+    zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere. A tile
+    of parts, which is only as wide as M asks for, is two copies, the second of which may copy some tokens again."""
     SLICES: gl.constexpr = T.slices
-    PIECE: gl.constexpr = piece_of(T)
     PIECES: gl.constexpr = T.block_m // PIECE
+    FIRST_TOKENS: gl.constexpr = first_copied(T)
+    LAST_TOKENS: gl.constexpr = last_copied(T)
     ready = ready_of(barriers, stage, T)
     if WORDS:
-        missing = (PIECES - _pieces_of_x(m0, M, T)) * (PIECE * SLICES * 256)
-        announce(stage, stage_bytes(T) - missing, live, FIRST, T)
+        n_bytes = stage_bytes(T)
+        if n_parts(T) > 1:
+            n_bytes += (FIRST_TOKENS + LAST_TOKENS - T.block_m) * 256
+        else:
+            n_bytes -= (PIECES - _pieces_of_x(m0, M, T)) * (PIECE * SLICES * 256)
+        announce(stage, n_bytes, live, FIRST, T)
         slices = words_smem._reinterpret(gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
         for s in gl.static_range(SLICES):
             row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
             tma.async_copy_global_to_shared(words_desc, [row, 0], ready, slices.index(SLICES * stage + s), pred=live)
     if X and T.sharers > 1:
-        gl.static_assert(T.sharers == 2 and n_parts(T) == 1)
+        gl.static_assert(T.sharers == 2)
         h = cluster_rank() % 2
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
         copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
+    elif X and n_parts(T) > 1:
+        for h in gl.static_range(2):
+            k0 = t * 128 + h * 64
+            begin = x_smem.index((2 * stage + h) * n_parts(T))._reinterpret(
+                x_desc.dtype, [FIRST_TOKENS, 64], x_desc.layout
+            )
+            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, begin, pred=live)
+            end = x_smem.index(
+                (2 * stage + h) * n_parts(T) + (T.block_m - LAST_TOKENS) // part_tokens(T)
+            )._reinterpret(x_desc.dtype, [LAST_TOKENS, 64], x_piece_desc.layout)
+            m1 = m0 + T.block_m - LAST_TOKENS
+            tma.async_copy_global_to_shared(x_piece_desc, [m1, k0], ready, end, pred=live)
     elif X:
         whole = live & (m0 + T.block_m <= M)
         for h in gl.static_range(2 * SLICES):  # 64 inputs each
             half = 2 * SLICES * stage + h
             k0 = t * (128 * SLICES) + h * 64
-            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, part_of_x(x_smem, half, 0, T), pred=whole)
-            if n_parts(T) > 1:
-                m1 = m0 + part_begin(T, 1)
-                tma.async_copy_global_to_shared(
-                    x_piece_desc, [m1, k0], ready, part_of_x(x_smem, half, 1, T), pred=whole
-                )
+            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, x_smem.index(half), pred=whole)
         if live & (m0 + T.block_m > M):
             small = x_smem._reinterpret(x_desc.dtype, [2 * SLICES * T.stages * PIECES, PIECE, 64], x_piece_desc.layout)
             for piece in range(_pieces_of_x(m0, M, T)):
@@ -309,14 +310,14 @@ def leave(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, rank, n0, 
         exchange(accs, rank, T)
         for p in gl.static_range(PARTS):
             total, rm, rn = total_of(p, rank, T)
-            rm += part_begin(T, p)
+            rm += p * part_tokens(T)
             _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0 - rank % T.sharers * T.block_n, m0, rm, rn, M, N, T)
         depart()
     elif T.split > 1 and T.slices == 1:
         sums_ptr = workspace_ptr + gl.program_id(0).to(gl.int64) * (T.block_m * T.block_n)
         for p in gl.static_range(PARTS):
-            rn = gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T, p)))
-            rm = part_begin(T, p) + gl.arange(0, part_tokens(T, p), gl.SliceLayout(0, mma_layout(T, p)))
+            rn = gl.arange(0, T.block_n, gl.SliceLayout(1, mma_layout(T)))
+            rm = p * part_tokens(T) + gl.arange(0, part_tokens(T), gl.SliceLayout(0, mma_layout(T)))
             gl.store(sums_ptr + gl.expand_dims(rm * T.block_n, 0) + gl.expand_dims(rn, 1), accs[p])
     else:
         leave_alone(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, m0, M, N, T)
@@ -378,8 +379,8 @@ def _leaving(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
     TOKENS: gl.constexpr = tokens_at_once(T)
     found = ()
     for p in gl.static_range(PARTS):
-        for i in gl.static_range(part_tokens(T, p) // TOKENS):
-            found = found + (_tokens_of(accs[p], i, part_tokens(T, p) // TOKENS, T),)
+        for i in gl.static_range(part_tokens(T) // TOKENS):
+            found = found + (_tokens_of(accs[p], i, part_tokens(T) // TOKENS, T),)
     return found
 
 

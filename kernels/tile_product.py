@@ -40,13 +40,13 @@ from compress.kernels.gluon_parts import (
     scaled_slice,
     slice_weights,
 )
+from compress.kernels.part_mma import multiply_parts, wait_for_parts
 from compress.kernels.stage_barriers import arrive_empty, wait_passed_on, wait_ready
 from compress.kernels.tile_parts import (
     copy_stage,
     load_columns,
     load_words,
     next_stage,
-    part_of_x,
     slice_of_warp,
 )
 from compress.kernels.tile_shape import (
@@ -59,6 +59,7 @@ from compress.kernels.tile_shape import (
     part_tokens,
     rows_of,
     tiles_ahead,
+    x_offset,
 )
 
 
@@ -113,7 +114,7 @@ def to_size(accs, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def
         unit = SCALED_UNIT / part_of_unit
         sized = ()
         for p in gl.static_range(n_parts(T)):
-            by = gl.convert_layout(unit, gl.SliceLayout(1, mma_layout(T, p)), assert_trivial=True)
+            by = gl.convert_layout(unit, gl.SliceLayout(1, mma_layout(T)), assert_trivial=True)
             sized = sized + (accs[p] * gl.expand_dims(by, 1),)
     return sized
 
@@ -145,38 +146,33 @@ def _no_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """For MMAs to add to: [ROWS, tokens] of each part."""
     ROWS: gl.constexpr = rows_of(T)
     accs = ()
-    for p in gl.static_range(n_parts(T)):
-        acc = gl.zeros((ROWS, part_tokens(T, p)), gl.float32, mma_layout(T, p))
-        accs = accs + (warpgroup_mma_init(acc),)
+    for _ in gl.static_range(n_parts(T)):
+        acc = gl.zeros((ROWS, part_tokens(T)), gl.float32, mma_layout(T))
+        if n_parts(T) > 1:
+            accs = accs + (acc,)
+        else:
+            accs = accs + (warpgroup_mma_init(acc),)
     return accs
 
 
 @gluon.jit
-def _multiply(w, x_smem, half, accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Start MMAs of w [ROWS, 64] with all tokens of 64 inputs, the half-th of all stages': a group for each part. The
-    largest is the last: two of its MMAs are what goes on while this warp does."""
-    PARTS: gl.constexpr = n_parts(T)
-    sums = ()
-    for i in gl.static_range(PARTS):
-        left = gl.convert_layout(w, operand_layout(T, PARTS - 1 - i), assert_trivial=True)
-        x = part_of_x(x_smem, half, PARTS - 1 - i, T).permute([1, 0])
-        sums = (warpgroup_mma(left, x, accs[PARTS - 1 - i], is_async=True),) + sums
+def _multiply(left, x_smem, half, accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Start a group of MMAs of a left operand [ROWS, 64] with all tokens of 64 inputs, the half-th of all stages'."""
+    if n_parts(T) > 1:
+        sums = multiply_parts(left, x_offset(T) + half * (T.block_m * 128), accs, T)
+    else:
+        sums = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), accs[0], is_async=True),)
     return sums
 
 
 @gluon.jit
 def _wait_but(groups: gl.constexpr, accs, operands, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Until all but so many groups of each part are done: accs, and then registers of operands that may be written."""
-    PARTS: gl.constexpr = n_parts(T)
-    OPERANDS: gl.constexpr = len(operands)
-    there = warpgroup_mma_wait(groups * PARTS, deps=accs + operands)
-    sums = ()
-    for p in gl.static_range(PARTS):
-        sums = sums + (there[p],)
-    free = ()
-    for i in gl.static_range(OPERANDS):
-        free = free + (there[PARTS + i],)
-    return sums, free
+    """accs when all but so many groups are done, behind which registers of the operands may be written."""
+    if n_parts(T) > 1:
+        sums = wait_for_parts(groups, accs, operands, T)
+    else:
+        sums = (warpgroup_mma_wait(groups, deps=accs + operands)[0],)
+    return sums
 
 
 @gluon.jit
@@ -247,11 +243,11 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
             t = first_of_run + i
             # all but the last group is done: the registers of the other operand may be written again. A wgmma reads its
             # registers while it runs and nobody but the wait knows, so the operand is a dependency of the wait.
-            accs, _ = _wait_but(1, accs, (low,), T)
+            accs = _wait_but(1, accs, (low,), T)
             low = part_of_tile(words, columns, 0, 0, 1, T)
             accs = _multiply(low, x_smem, 2 * (T.slices * stage + part), accs, T)
             columns = columns + load_columns(scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T)
-            accs, _ = _wait_but(1, accs, (high,), T)  # and the stage of the last tile may be filled again
+            accs = _wait_but(1, accs, (high,), T)  # and the stage of the last tile may be filled again
             behind = _stage_behind(stage, T)
             if not COPIES:
                 arrive_empty(behind, _filled_again(t, first, last, again, T), T)
@@ -266,7 +262,7 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
                            m0, M, N, T)  # fmt: skip
             columns = _behind_first(columns, T)
         stage, phase = next_stage(stage, phase, T)
-    accs, _ = _wait_but(0, accs, (low, high), T)
+    accs = _wait_but(0, accs, (low, high), T)
     return accs, stage, phase
 
 

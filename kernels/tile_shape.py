@@ -27,7 +27,7 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import cluster_bases, cluster_shares, fields_of, parts_of
 
 GROUP_N = 8
-_PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where M does not fill a tile
+PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where M does not fill a tile
 _HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
@@ -111,7 +111,7 @@ class TiledConfig:
         return _leaving_tokens(self, bits)
 
     def tokens_copied(self) -> tuple[int, int]:
-        """Tokens of copies of x: of the first part, and of the second part or pieces."""
+        """Tokens of the two kinds of copies of x."""
         return _tokens_copied(self.block_m)
 
     def memory_bytes(self, bits: int = 4) -> int:
@@ -181,33 +181,28 @@ def blocks_of(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def n_parts(t):  # type: ignore[no-untyped-def]
-    """Parts of a tile's tokens, each with MMAs of its own: BLOCK_M is a power of two or the sum of two."""
-    return bin(t.block_m).count("1")
-
-
-@gluon.constexpr_function
-def part_begin(t, part):  # type: ignore[no-untyped-def]
-    """First token of a part; the larger part is the first."""
-    return 0 if part == 0 else 1 << (t.block_m.bit_length() - 1)
-
-
-@gluon.constexpr_function
-def part_tokens(t, part):  # type: ignore[no-untyped-def]
-    """Tokens of a part, a power of two."""
-    return t.block_m - part_begin(t, part) if part else 1 << (t.block_m.bit_length() - 1)
-
-
-@gluon.constexpr_function
-def least_part(t):  # type: ignore[no-untyped-def]
-    """Tokens of the last part."""
+def part_tokens(t):  # type: ignore[no-untyped-def]
+    """Tokens of a part: tensors have powers of two, so where BLOCK_M is none, sums are several tensors of so many."""
     return t.block_m & -t.block_m
 
 
 @gluon.constexpr_function
-def piece_of(t):  # type: ignore[no-untyped-def]
-    """Tokens of the second descriptor of x: of its second part, where there is one."""
-    return least_part(t) if n_parts(t) > 1 else _PIECE.value
+def n_parts(t):  # type: ignore[no-untyped-def]
+    """Parts of a tile's tokens."""
+    return t.block_m // part_tokens(t)
+
+
+@gluon.constexpr_function
+def first_copied(t):  # type: ignore[no-untyped-def]
+    """Tokens of x in a copy, of the first of two where there are parts: Triton's copies are powers of two."""
+    return 1 << (t.block_m.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def last_copied(t):  # type: ignore[no-untyped-def]
+    """Tokens of the second copy of x, which ends with the tile; without parts those of a piece."""
+    left = t.block_m - first_copied(t)
+    return 1 << (left - 1).bit_length() if left else PIECE.value
 
 
 @gluon.constexpr_function
@@ -261,7 +256,7 @@ def token_bytes(t):  # type: ignore[no-untyped-def]
 def tokens_at_once(t):  # type: ignore[no-untyped-def]
     """Tokens of y that one copy takes: all of a part, or of a persistent program what there is room for behind the
     stages."""
-    tokens = least_part(t)
+    tokens = part_tokens(t)
     while t.persistent and tokens > 1 and stages_bytes(t) + token_bytes(t) * tokens > _FOR_STAGES_AND_Y.value:
         tokens //= 2
     return tokens
@@ -317,7 +312,7 @@ def _leaving_tokens(config: TiledConfig, bits: int) -> int:
 @cache
 def _tokens_copied(block_m: int) -> tuple[int, int]:
     tile = Tile(block_m, 128, 1, 8, 1, 1)
-    return int(part_tokens(tile, 0)), int(piece_of(tile))
+    return int(first_copied(tile)), int(last_copied(tile))
 
 
 @cache
@@ -374,16 +369,16 @@ def leaving_layout(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def mma_layout(t, part=0):  # type: ignore[no-untyped-def]
+def mma_layout(t):  # type: ignore[no-untyped-def]
     """Of the sums [ROWS, tokens] of a part."""
-    tokens = part_tokens(t, part)
+    tokens = part_tokens(t)
     return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens, 16], cluster_bases(ctas_of(t), 2))
 
 
 @gluon.constexpr_function
-def operand_layout(t, part=0):  # type: ignore[no-untyped-def]
-    """Of the MMA's left operand, weights: the same registers for each part."""
-    return gl.DotOperandLayout(0, mma_layout(t, part), 2)
+def operand_layout(t):  # type: ignore[no-untyped-def]
+    """Of the MMA's left operand, weights."""
+    return gl.DotOperandLayout(0, mma_layout(t), 2)
 
 
 @gluon.constexpr_function

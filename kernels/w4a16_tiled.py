@@ -230,9 +230,9 @@ def _launch_tiles(
             n_tiles * split // adders * config.block_m * config.block_n, dtype=torch.float32, device=x.device
         )
     wide = _copy_layout(ctas)
-    part, piece = config.tokens_copied()
-    x_desc = TensorDescriptor(x, [m, k], [k, 1], [part, 64], wide)
-    x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [piece, 64], wide)
+    first, last = config.tokens_copied()
+    x_desc = TensorDescriptor(x, [m, k], [k, 1], [first, 64], wide)
+    x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [last, 64], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
     words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
     tile = Tile.of(
