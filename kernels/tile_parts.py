@@ -50,7 +50,6 @@ from compress.kernels.tile_shape import (
     out_offset,
     part_tokens,
     rows_of,
-    store_layout,
     stage_bytes,
     tiles_ahead,
     tokens_at_once,
@@ -59,6 +58,7 @@ from compress.kernels.tile_shape import (
 )
 
 _GROUP_N: gl.constexpr = gl.constexpr(GROUP_N)
+_DESCRIPTOR: gl.constexpr = gl.constexpr(5)  # parameters that one of a matrix is, its shape and strides behind it
 
 
 @gluon.constexpr_function
@@ -170,31 +170,35 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 
 
 @gluon.jit
-def _pieces_of_x(m0, M, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Pieces of x from token m0 on that have any of M."""
-    return gl.cdiv(gl.minimum(M - m0, T.block_m), PIECE)
+def _tokens_to_copy(m0, M, anew, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens of a tile whose x is to be copied: of one that M does not fill those that are there and, if it is not the
+    first of all tokens, once those that are not (`copy_stage`)."""
+    tokens = gl.minimum(M - m0, T.block_m)
+    return gl.where(anew & (m0 > 0), T.block_m, tokens)
 
 
 @gluon.jit
-def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, live,
+def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, live, anew,
                WORDS: gl.constexpr, X: gl.constexpr, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Start the copies of the t-th tile or slices of K into a stage: words (and announce all bytes), x, or both.
     FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros.
 
-    Where M does not fill a tile, x is copied in pieces, and none beyond: a copy fills rows that are not there with
-    zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere. A tile
-    of parts, which is only as wide as M asks for, is two copies, the second of which may copy some tokens again."""
+    A copy fills rows that are not there with zeros several times more slowly than it copies rows. So where M does not
+    fill a tile, x is copied in pieces, and none beyond: what is in their place is multiplied and goes nowhere. Zeros
+    are multiplied for less power than numbers, though, which is what bounds many tokens: there, as a tile begins
+    (anew), each stage is filled once, and its zeros stay. A tile of parts is only as wide as M asks for and has no
+    pieces, but two copies, the second of which may copy some tokens again."""
     SLICES: gl.constexpr = T.slices
-    PIECES: gl.constexpr = T.block_m // PIECE
     FIRST_TOKENS: gl.constexpr = first_copied(T)
     LAST_TOKENS: gl.constexpr = last_copied(T)
     ready = ready_of(barriers, stage, T)
+    tokens = _tokens_to_copy(m0, M, anew, T)
+    second = tokens > T.block_m - LAST_TOKENS
     if WORDS:
-        n_bytes = stage_bytes(T)
         if n_parts(T) > 1:
-            n_bytes += (FIRST_TOKENS + LAST_TOKENS - T.block_m) * 256
+            n_bytes = stage_bytes(T) - (T.block_m - FIRST_TOKENS) * 256 + second.to(gl.int32) * (LAST_TOKENS * 256)
         else:
-            n_bytes -= (PIECES - _pieces_of_x(m0, M, T)) * (PIECE * SLICES * 256)
+            n_bytes = stage_bytes(T) - (T.block_m // PIECE - gl.cdiv(tokens, PIECE)) * (PIECE * SLICES * 256)
         announce(stage, n_bytes, live, FIRST, T)
         slices = words_smem._reinterpret(gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
         for s in gl.static_range(SLICES):
@@ -204,32 +208,42 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
         gl.static_assert(T.sharers == 2)
         h = cluster_rank() % 2
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
-        copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
+        copy_to_sharers("_producer_kernel", 0, into, t * 128 + h * 64, m0, stage, live, T)
+        if n_parts(T) > 1:
+            LATER: gl.constexpr = T.block_m - LAST_TOKENS
+            copy_to_sharers("_producer_kernel", _DESCRIPTOR, into + LATER * 128, t * 128 + h * 64, m0 + LATER, stage,
+                            live & second, T)  # fmt: skip
     elif X and n_parts(T) > 1:
         for h in gl.static_range(2):
-            k0 = t * 128 + h * 64
-            begin = x_smem.index((2 * stage + h) * n_parts(T))._reinterpret(
-                x_desc.dtype, [FIRST_TOKENS, 64], x_desc.layout
+            begin = (2 * stage + h) * n_parts(T)
+            end = begin + (T.block_m - LAST_TOKENS) // part_tokens(T)
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, t * 128 + h * 64], ready, _tokens_of_x(x_smem, begin, FIRST_TOKENS, T), pred=live
             )
-            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, begin, pred=live)
-            end = x_smem.index(
-                (2 * stage + h) * n_parts(T) + (T.block_m - LAST_TOKENS) // part_tokens(T)
-            )._reinterpret(x_desc.dtype, [LAST_TOKENS, 64], x_piece_desc.layout)
-            m1 = m0 + T.block_m - LAST_TOKENS
-            tma.async_copy_global_to_shared(x_piece_desc, [m1, k0], ready, end, pred=live)
+            tma.async_copy_global_to_shared(
+                x_piece_desc, [m0 + T.block_m - LAST_TOKENS, t * 128 + h * 64], ready,
+                _tokens_of_x(x_smem, end, LAST_TOKENS, T), pred=live & second,
+            )  # fmt: skip
     elif X:
-        whole = live & (m0 + T.block_m <= M)
+        whole = live & (tokens == T.block_m)
         for h in gl.static_range(2 * SLICES):  # 64 inputs each
-            half = 2 * SLICES * stage + h
-            k0 = t * (128 * SLICES) + h * 64
-            tma.async_copy_global_to_shared(x_desc, [m0, k0], ready, x_smem.index(half), pred=whole)
-        if live & (m0 + T.block_m > M):
+            tma.async_copy_global_to_shared(
+                x_desc, [m0, t * (128 * SLICES) + h * 64], ready, x_smem.index(2 * SLICES * stage + h), pred=whole
+            )
+        if live & (tokens < T.block_m):
+            PIECES: gl.constexpr = T.block_m // PIECE
             small = x_smem._reinterpret(x_desc.dtype, [2 * SLICES * T.stages * PIECES, PIECE, 64], x_piece_desc.layout)
-            for piece in range(_pieces_of_x(m0, M, T)):
+            for piece in range(gl.cdiv(tokens, PIECE)):
                 for h in gl.static_range(2 * SLICES):
                     into = small.index((2 * SLICES * stage + h) * PIECES + piece)
                     at = [m0 + piece * PIECE, t * (128 * SLICES) + h * 64]
                     tma.async_copy_global_to_shared(x_piece_desc, at, ready, into)
+
+
+@gluon.jit
+def _tokens_of_x(x_smem, part, TOKENS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """x [TOKENS, 64] of 64 inputs in shared memory, from a part on."""
+    return x_smem.index(part)._reinterpret(x_smem.dtype, [TOKENS, 64], x_smem.layout)
 
 
 @gluon.jit
@@ -250,21 +264,12 @@ def all_tiles(M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def tile_origin(tile, M, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile. The
-    last tile of tokens ends with M and begins within the one before it, if there is one: tokens that `first_to_keep`
-    leaves to that."""
+    """First row of W and first token of a tile: GROUP_N tiles of N share their x in the L2 before the next M tile."""
     m_tiles, n_tiles = gl.cdiv(M, T.block_m), gl.cdiv(N, T.block_n)
     first_n = tile // (_GROUP_N * m_tiles) * _GROUP_N
     width = gl.minimum(n_tiles - first_n, _GROUP_N)
     within = tile % (_GROUP_N * m_tiles)
-    m0 = gl.minimum(within // width * T.block_m, gl.maximum(M - T.block_m, 0))
-    return (first_n + within % width) * T.block_n, m0
-
-
-@gluon.jit
-def first_to_keep(m0, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The first token of a tile that begins at token m0 which is not of the tile before it, too."""
-    return gl.cdiv(m0, T.block_m) * T.block_m
+    return (first_n + within % width) * T.block_n, within // width * T.block_m
 
 
 @gluon.jit
@@ -334,7 +339,7 @@ def leave_alone(accs, out_desc, out_ptr, bias_ptr, workspace_ptr, out_smem, n0, 
             _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm + i * TOKENS, rn, M, N, T)
     else:
         wait_for_sharers(T)
-        _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T)
+        _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T)
         if T.sharers > 1:
             attend_sums(T)
 
@@ -354,10 +359,8 @@ def _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T
         if T.has_bias:
             bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0)
             total += gl.expand_dims(bias.to(gl.float32), 0)
-        tokens = m0 + rm
-        keep = (tokens >= first_to_keep(m0, T)) & (tokens < M)
-        y_at = gl.expand_dims(tokens.to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
-        mask = gl.expand_dims(keep, 1) & gl.expand_dims(n0 + rn < N, 0)
+        mask = gl.expand_dims(m0 + rm < M, 1) & gl.expand_dims(n0 + rn < N, 0)
+        y_at = gl.expand_dims((m0 + rm).to(gl.int64) * N, 1) + gl.expand_dims(n0 + rn, 0)
         gl.store(out_ptr + y_at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -385,10 +388,9 @@ def _leaving(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
+def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
-    needed, or of a persistent program its own, of which copies may still read when this returns. Of a tile that begins
-    within another by stores, which leave that one's tokens alone."""
+    needed, or of a persistent program its own, of which copies may still read when this returns."""
     TOKENS: gl.constexpr = tokens_at_once(T)
     COPIES: gl.constexpr = T.block_m // TOKENS
     ROOM: gl.constexpr = copies_at_once(T)
@@ -396,7 +398,6 @@ def _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T: gl.co
     gl.static_assert(T.persistent or 128 * T.stages >= T.block_n, "the stages of x do not hold y")
     y_smem = out_smem._reinterpret(out_desc.dtype, [ROOM, TOKENS, T.block_n], out_desc.layout)
     sums = _leaving(accs, T)
-    keep = first_to_keep(m0, T)
     for r in gl.static_range(ROUNDS):
         if T.persistent:
             tma.store_wait(0)
@@ -408,28 +409,9 @@ def _store_tile(out_desc, out_ptr, accs, bias_ptr, out_smem, n0, m0, N, T: gl.co
                 bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
                 y += gl.expand_dims(bias, 1)
             y_smem.index(i).permute([1, 0]).store(y.to(out_desc.dtype))
-        if m0 == keep:
-            fence_async_shared()
-            for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
-                tma.async_copy_shared_to_global(out_desc, [m0 + (r * ROOM + i) * TOKENS, n0], y_smem.index(i))
-        else:
-            gl.thread_barrier()
-            for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
-                _store_later(y_smem.index(i), out_ptr, n0, m0 + (r * ROOM + i) * TOKENS, keep, N, T)
+        fence_async_shared()
+        for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
+            tma.async_copy_shared_to_global(out_desc, [m0 + (r * ROOM + i) * TOKENS, n0], y_smem.index(i))
     if not T.persistent:
         tma.store_wait(0)
 
-
-@gluon.jit
-def _store_later(y_smem, out_ptr, n0, m0, keep, N, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """y [tokens, BLOCK_N] in shared memory to y from token m0 and column n0 on, but none before token `keep`. In PTX:
-    `gl.store` stores for one program of a cluster, and each has its own."""
-    y = y_smem.load(store_layout(T))
-    rn = n0 + gl.arange(0, T.block_n, gl.SliceLayout(0, store_layout(T)))
-    tokens = m0 + gl.arange(0, y.shape[0], gl.SliceLayout(1, store_layout(T)))
-    at = gl.expand_dims(tokens.to(gl.int64) * N, 1) + gl.expand_dims(rn, 0)
-    live = gl.expand_dims((tokens >= keep).to(gl.int32), 1) & gl.expand_dims((rn < N).to(gl.int32), 0)
-    gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.ne.u32 p, $4, 0; @p st.global.b32 [$2], $1; mov.b32 $0, 0;}", "=r,r,l,l,r,r",
-        [y, (out_ptr + at).to(gl.int64), live], dtype=gl.int16, is_pure=False, pack=2,
-    )  # fmt: skip

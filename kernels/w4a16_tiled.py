@@ -84,12 +84,12 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, True, False, True, T)  # fmt: skip
+                   first + i < last, True, True, False, True, T)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, False, True, True, T)  # fmt: skip
+                   first + i < last, True, False, True, True, T)  # fmt: skip
 
     stage = 0
     phase = 0
@@ -116,10 +116,9 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     tile, part = tl.program_id(0), tl.program_id(1)
     tile_n, tile_m = tile_of_program(tile + first_tile, M, N, BLOCK_M, BLOCK_N, GROUP_N)
     rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    own = tile_m * BLOCK_M  # the last tile of tokens ends with M (`tile_parts.tile_origin`)
-    rm, rn = min(own, max(M - BLOCK_M, 0)) + rows, tile_n * BLOCK_N + columns
+    rm, rn = tile_m * BLOCK_M + rows, tile_n * BLOCK_N + columns
     at = sums_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + rows[:, None] * BLOCK_N + columns[None, :]
-    mask = ((rm >= own) & (rm < M))[:, None] & (rn < N)[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for s in tl.static_range(SPLIT):
         total += tl.load(at + s * (BLOCK_M * BLOCK_N), mask=mask, other=0.0)
@@ -193,7 +192,7 @@ def launch(
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or m < config.block_m):
+    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or config.in_pieces(m)):
         config = replace(config, sharers=1)  # the last tile of N has no neighbour, or x is copied in pieces
     tiles = weight.words.shape[0]
     config = config.within(tiles, weight.bits)
