@@ -51,6 +51,7 @@ from compress.kernels.tile_shape import (
     part_tokens,
     rows_of,
     stage_bytes,
+    sums_layout,
     tiles_ahead,
     tokens_at_once,
     words_layout,
@@ -73,8 +74,8 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
     is there for whoever runs behind this."""
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1 and T.block_m % PIECE == 0),
-                     "tokens are a power of two, or so many times 16 of programs of one slice and 16 rows a warp")  # fmt: skip
+    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1 and T.block_m >= 2 * PIECE),
+                     "tokens are a power of two, or for programs of one slice and 16 rows a warp so many times 8")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
@@ -377,14 +378,31 @@ def _tokens_of(acc, part: gl.constexpr, PARTS: gl.constexpr, T: gl.constexpr):  
 
 @gluon.jit
 def _leaving(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of a tile [ROWS, tokens_at_once], one behind the other."""
+    """Sums of a tile [ROWS, tokens_at_once], one behind the other; the last may have tokens of the one before again."""
     PARTS: gl.constexpr = n_parts(T)
     TOKENS: gl.constexpr = tokens_at_once(T)
+    TOGETHER: gl.constexpr = TOKENS // part_tokens(T)
     found = ()
-    for p in gl.static_range(PARTS):
-        for i in gl.static_range(part_tokens(T) // TOKENS):
-            found = found + (_tokens_of(accs[p], i, part_tokens(T) // TOKENS, T),)
+    if TOGETHER > 1:
+        for p in gl.static_range(0, PARTS, TOGETHER):
+            found = found + (_parts_together(accs, min(p, PARTS - TOGETHER), TOGETHER, T),)
+    else:
+        for p in gl.static_range(PARTS):
+            for i in gl.static_range(part_tokens(T) // TOKENS):
+                found = found + (_tokens_of(accs[p], i, part_tokens(T) // TOKENS, T),)
     return found
+
+
+@gluon.jit
+def _parts_together(accs, first: gl.constexpr, PARTS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """PARTS parts from the first on, as one [ROWS, tokens]: only renames registers."""
+    if PARTS == 1:
+        acc = accs[first]
+    else:
+        low = _parts_together(accs, first, PARTS // 2, T)
+        high = _parts_together(accs, first + PARTS // 2, PARTS // 2, T)
+        acc = gl.join(low, high).permute(0, 2, 1).reshape([low.shape[0], 2 * low.shape[1]])
+    return gl.convert_layout(acc, sums_layout(T, acc.shape[1]), assert_trivial=True)
 
 
 @gluon.jit
@@ -392,7 +410,7 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
     """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
     needed, or of a persistent program its own, of which copies may still read when this returns."""
     TOKENS: gl.constexpr = tokens_at_once(T)
-    COPIES: gl.constexpr = T.block_m // TOKENS
+    COPIES: gl.constexpr = -(-T.block_m // TOKENS)
     ROOM: gl.constexpr = copies_at_once(T)
     ROUNDS: gl.constexpr = -(-COPIES // ROOM)
     gl.static_assert(T.persistent or 128 * T.stages >= T.block_n, "the stages of x do not hold y")
@@ -411,7 +429,8 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
             y_smem.index(i).permute([1, 0]).store(y.to(out_desc.dtype))
         fence_async_shared()
         for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
-            tma.async_copy_shared_to_global(out_desc, [m0 + (r * ROOM + i) * TOKENS, n0], y_smem.index(i))
+            token = min((r * ROOM + i) * TOKENS, T.block_m - TOKENS)
+            tma.async_copy_shared_to_global(out_desc, [m0 + token, n0], y_smem.index(i))
     if not T.persistent:
         tma.store_wait(0)
 

@@ -30,6 +30,7 @@ GROUP_N = 8
 PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where M does not fill a tile
 _HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
+_LEAVING_TOGETHER: gl.constexpr = gl.constexpr(32)  # tokens of small parts
 _MAX_PASSED_ON = 8  # named barriers of `stage_barriers`
 # bytes on Hopper, which lets a program have 227 KiB: a unit is for mbarriers and another for what Triton hands over
 _FOR_STAGES_AND_Y: gl.constexpr = gl.constexpr(225 * 1024)
@@ -257,9 +258,9 @@ def token_bytes(t):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def tokens_at_once(t):  # type: ignore[no-untyped-def]
-    """Tokens of y that one copy takes: all of a part, or of a persistent program what there is room for behind the
-    stages."""
-    tokens = part_tokens(t)
+    """Tokens of y that one copy takes: all, or of a persistent program what there is room for behind the stages; where
+    there are parts, of one or some."""
+    tokens = max(part_tokens(t), min(t.block_m, _LEAVING_TOGETHER.value))
     while t.persistent and tokens > 1 and stages_bytes(t) + token_bytes(t) * tokens > _FOR_STAGES_AND_Y.value:
         tokens //= 2
     return tokens
@@ -270,7 +271,7 @@ def copies_at_once(t):  # type: ignore[no-untyped-def]
     """Of `tokens_at_once`, that there is room for."""
     tokens = tokens_at_once(t)
     room = (_FOR_STAGES_AND_Y.value - stages_bytes(t)) // (token_bytes(t) * tokens) if t.persistent else t.block_m
-    return max(1, min(t.block_m // tokens, room))
+    return max(1, min(-(-t.block_m // tokens), room))
 
 
 @gluon.constexpr_function
@@ -366,16 +367,21 @@ def memory_layout(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def sums_layout(t, tokens):  # type: ignore[no-untyped-def]
+    """Of sums [ROWS, tokens]."""
+    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens, 16], cluster_bases(ctas_of(t), 2))
+
+
+@gluon.constexpr_function
 def leaving_layout(t):  # type: ignore[no-untyped-def]
     """Of the sums [ROWS, tokens_at_once]."""
-    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens_at_once(t), 16], cluster_bases(ctas_of(t), 2))
+    return sums_layout(t, tokens_at_once(t))
 
 
 @gluon.constexpr_function
 def mma_layout(t):  # type: ignore[no-untyped-def]
     """Of the sums [ROWS, tokens] of a part."""
-    tokens = part_tokens(t)
-    return gl.NVMMADistributedLayout([3, 0], [t.warps, 1], [16, tokens, 16], cluster_bases(ctas_of(t), 2))
+    return sums_layout(t, part_tokens(t))
 
 
 @gluon.constexpr_function

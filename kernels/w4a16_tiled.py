@@ -65,6 +65,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
+from compress.kernels.tile_rule import MANY_TOKENS, many_tokens
 from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, places, rounds
@@ -134,12 +135,16 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> 
     return n_sms * max(1, min(shared_bytes // used, 2 if config.warps <= 4 else 1))
 
 
+_MOST_MISSING = 1 / 16  # of the tokens
 _LEAST_BUSY = 0.6  # of the multiprocessors, in the waves of programs that take one each
 
 
 def suits(config: TiledConfig, m: int, n: int, n_sms: int) -> bool:
-    """Whether a configuration, of another N maybe, is for this one: one of slices has one program to each
-    multiprocessor, and a few programs more than those are another wave."""
+    """Whether a configuration, of another M and N maybe, is for this one: where there are many tokens, power is too
+    dear to compute many that M does not have; one of slices has one program to each multiprocessor, and a few programs
+    more than those are another wave."""
+    if m > MANY_TOKENS and -m % config.block_m > m * _MOST_MISSING:
+        return False
     programs = -(-n // config.block_n) * -(-m // config.block_m) * config.split_k
     waves = -(-programs // n_sms)
     return config.slices == 1 or config.persistent or waves == 1 or programs >= _LEAST_BUSY * waves * n_sms
@@ -160,8 +165,8 @@ def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
 
 @lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4) -> TiledConfig:
-    """Tiles without a table; pure. Above 128 tokens persistent programs that share out what fills no round: any number
-    of tiles is computed as fast. Up to there one program to each multiprocessor where that fills them; else the widest
+    """Tiles without a table; pure. Above 128 tokens by `tile_rule`, with 8 bits persistent programs that share out what
+    fills no round. Up to there one program to each multiprocessor where that fills them; else the widest
     tile of tokens that M fills, and K split over what would stay idle, in clusters where these leave a fifth of the
     places free: a cluster of more than two waits for them side by side. Measured on an H100 by
     `compress.kernels.tune` (NOTES.md)."""
@@ -169,11 +174,13 @@ def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: i
     alone = _one_to_each(m, n, tiles, n_sms)
     if alone is not None and alone.program_bytes(bits) <= shared_bytes:
         return alone
-    if m > 128:
-        # four stages of 8 bits would be all that a multiprocessor has, and were not tried
-        each = TiledConfig(128, 128, 2, 8, 4 if bits == 4 else 3, 2, producer=True, unroll=2, persistent=True)
-        found = each.within(tiles, bits)
-        return found if found.persistent else TiledConfig(128, 128, 1, 8, 3, producer=True)
+    if m > MANY_TOKENS:
+        if bits == 4:
+            found = many_tokens(m, n, tiles, n_sms, shared_bytes)
+        else:  # four stages of 8 bits would be all that a multiprocessor has
+            found = TiledConfig(128, 128, 2, 8, 3, 2, producer=True, unroll=2, persistent=True).within(tiles, bits)
+            found = found if found.persistent else None
+        return found or TiledConfig(128, 128, 1, 8, 3, producer=True)
     block_m = max(16, 1 << (m - 1).bit_length())
     block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
     config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 and bits == 4 else 3, producer=True)

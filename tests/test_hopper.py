@@ -127,13 +127,13 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     # shared out by all and by pairs, in clusters of four, by another kernel
     (TiledConfig(96, 128, 1, 8, 4, 1, True, 1, 2), "fp16", 128, True, True, DECODE_N, (640, 1024), (90, 96, 150)),
     (TiledConfig(192, 128, 1, 8, 3, 1, True, 1, 2, 1, 0, True), "bf16", 64, False, True, (19272,), (1024,), (150, 600)),
-    (TiledConfig(160, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, False, (19200,), (2304,), (160, 200)),
-    (TiledConfig(112, 128, 2, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 32, False, True, (1000,), (22528,), (300,)),
-    (TiledConfig(208, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (12416, 19200), (1024,), (250,)),
+    (TiledConfig(152, 128, 2, 8, 4, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, False, (19200,), (2560,), (160, 200)),
+    (TiledConfig(104, 128, 2, 8, 4, 1, True, 1, 1, 1, 0, True), "bf16", 32, False, True, (1000,), (22528,), (300,)),
+    (TiledConfig(200, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (12416, 19200), (1024,), (250,)),
     (TiledConfig(160, 128, 4, 8, 3, 4, True), "bf16", 128, False, True, DECODE_N, DECODE_K, (100, 300)),
     (TiledConfig(192, 128, 2, 8, 3, 2, True, 1, 2), "fp16", None, True, False, DECODE_N, (1024,), (192, 300)),
     (TiledConfig(80, 64, 4, 4, 3, 1, True), "fp16", 128, False, True, DECODE_N, DECODE_K, (30, 300)),
-    (TiledConfig(176, 64, 1, 4, 3, 1, True), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
+    (TiledConfig(168, 64, 1, 4, 3, 1, True), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
