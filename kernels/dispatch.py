@@ -8,7 +8,10 @@
     1. the entry of that very key;
     2. the same N and K, measured at the next larger bucket of M, at most MAX_BUCKET_RATIO times larger;
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
-       kernel's multiples divide the asked N and K; above HALVED_FROM tokens not of a kernel in _FILL_THE_MACHINE.
+       kernel's multiples divide the asked N and K.
+
+Above HALVED_FROM tokens entries of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket alone:
+there the rule knows what any M costs (`tile_rule`), and an entry is what a shape was found to like better.
 
 At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
 of the asked dtype before another's: what is fastest hangs on the shape first.
@@ -137,7 +140,9 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
         and (
-            key.m <= HALVED_FROM or entry.choice.kernel not in _FILL_THE_MACHINE or (other.n, other.k) == (key.n, key.k)
+            key.m <= HALVED_FROM
+            or entry.choice.kernel not in _FILL_THE_MACHINE
+            or other._replace(dtype=key.dtype) == key
         )
         and key.n % entry.n_multiple == 0
         and key.k % entry.k_multiple == 0

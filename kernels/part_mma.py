@@ -63,7 +63,8 @@ def _multiply_asm(t):  # type: ignore[no-untyped-def]
     sums = ", ".join(f"${i}" for i in range(n))
     code = (
         "{.reg .b32 a, b; .reg .b64 d; .reg .pred p; setp.eq.u32 p, 0, 0; mov.b32 a, global_smem; "
-        f"add.u32 a, a, ${2 * n + 16}; shr.u32 a, a, 4; and.b32 a, a, 0x3fff; mov.b32 b, 0x40000040; mov.b64 d, {{a, b}};\n"
+        f"add.u32 a, a, ${2 * n + 16}; shr.u32 a, a, 4; and.b32 a, a, 0x3fff; "
+        "mov.b32 b, 0x40000040; mov.b64 d, {a, b};\n"
         "wgmma.fence.sync.aligned;\n"
     )
     for k in range(4):
@@ -87,7 +88,12 @@ def multiply_parts(left, x_offset, accs, T: gl.constexpr):  # type: ignore[no-un
     DTYPES: gl.constexpr = _floats(n_parts(T))
     PACK: gl.constexpr = part_tokens(T) // 2
     return gl.inline_asm_elementwise(
-        asm, constraints, accs + _registers_of(left, T) + (gl.to_tensor(x_offset),), dtype=DTYPES, is_pure=False, pack=PACK
+        asm,
+        constraints,
+        accs + _registers_of(left, T) + (gl.to_tensor(x_offset),),
+        dtype=DTYPES,
+        is_pure=False,
+        pack=PACK,
     )
 
 

@@ -142,22 +142,22 @@ def wait_given(T: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def _copy_to(kernel, parameter, sharers):  # type: ignore[no-untyped-def]
+def _copy_to(kernel, sharers):  # type: ignore[no-untyped-def]
     return (
         "{.reg .pred p; .reg .b32 t, to, box; .reg .b16 all; .reg .b64 d; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
         "setp.ne.and.u32 p, $5, 0, p; mov.b32 t, global_smem; add.s32 to, t, $1; add.s32 box, t, $2; "
         "mov.u32 t, %cluster_ctarank; and.b32 t, t, " + str(-sharers) + "; shl.b32 t, " + str(2**sharers - 1) + ", t; "
-        "cvt.u16.u32 all, t; mov.b64 d, " + f"{kernel}_param_{parameter}; cvta.param.u64 d, d; "
+        "cvt.u16.u32 all, t; mov.b64 d, " + kernel + "_param_0; cvta.param.u64 d, d; "
         "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[to], [d, {$3, $4}], [box], all; mov.b32 $0, 0;}"
     )
 
 
 @gluon.jit
-def copy_to_sharers(kernel: gl.constexpr, parameter: gl.constexpr, offset, column, row, stage, live, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """If live: start the copy of [row .., column ..] of a parameter of the kernel of that name to an offset of the
-    shared memory of all that share x with this program, and of its bytes to their ready[stage]. By one warp."""
-    asm: gl.constexpr = _copy_to(kernel, parameter, T.sharers)
+def copy_to_sharers(kernel: gl.constexpr, offset, column, row, stage, live, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """If live: start the copy of [row .., column ..] of the first parameter of the kernel of that name to an offset of
+    the shared memory of all that share x with this program, and of its bytes to their ready[stage]. By one warp."""
+    asm: gl.constexpr = _copy_to(kernel, T.sharers)
     gl.inline_asm_elementwise(
         asm, "=r,r,r,r,r,r",
         [gl.to_tensor(offset), gl.to_tensor(barrier_offset(T) + 8 * stage), gl.to_tensor(column), gl.to_tensor(row),

@@ -59,7 +59,6 @@ from compress.kernels.tile_shape import (
 )
 
 _GROUP_N: gl.constexpr = gl.constexpr(GROUP_N)
-_DESCRIPTOR: gl.constexpr = gl.constexpr(5)  # parameters that one of a matrix is, its shape and strides behind it
 
 
 @gluon.constexpr_function
@@ -75,7 +74,7 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
     gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1 and T.block_m >= 2 * PIECE),
-                     "tokens are a power of two, or for programs of one slice and 16 rows a warp so many times 8")  # fmt: skip
+                     "tokens are a power of two, or of one slice and 16 rows a warp so many times 8")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
@@ -171,29 +170,20 @@ def first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T: gl.constexpr):
 
 
 @gluon.jit
-def _tokens_to_copy(m0, M, anew, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens of a tile whose x is to be copied: of one that M does not fill those that are there and, if it is not the
-    first of all tokens, once those that are not (`copy_stage`)."""
-    tokens = gl.minimum(M - m0, T.block_m)
-    return gl.where(anew & (m0 > 0), T.block_m, tokens)
-
-
-@gluon.jit
-def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, live, anew,
+def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, live,
                WORDS: gl.constexpr, X: gl.constexpr, FIRST: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """Start the copies of the t-th tile or slices of K into a stage: words (and announce all bytes), x, or both.
     FIRST: see `announce`. Two programs that share x copy a half of it each, for both. A slice beyond K is zeros.
 
-    A copy fills rows that are not there with zeros several times more slowly than it copies rows. So where M does not
-    fill a tile, x is copied in pieces, and none beyond: what is in their place is multiplied and goes nowhere. Zeros
-    are multiplied for less power than numbers, though, which is what bounds many tokens: there, as a tile begins
-    (anew), each stage is filled once, and its zeros stay. A tile of parts is only as wide as M asks for and has no
-    pieces, but two copies, the second of which may copy some tokens again."""
+    Of a tile that M does not fill, x is copied in pieces, and none beyond: a copy fills rows that are not there with
+    zeros several times more slowly than it copies rows. What is in their place is multiplied and goes nowhere. A tile
+    of parts, which is only as wide as M asks for, has two copies for pieces, the second of which may copy some tokens
+    again."""
     SLICES: gl.constexpr = T.slices
     FIRST_TOKENS: gl.constexpr = first_copied(T)
     LAST_TOKENS: gl.constexpr = last_copied(T)
     ready = ready_of(barriers, stage, T)
-    tokens = _tokens_to_copy(m0, M, anew, T)
+    tokens = gl.minimum(M - m0, T.block_m)
     second = tokens > T.block_m - LAST_TOKENS
     if WORDS:
         if n_parts(T) > 1:
@@ -209,11 +199,7 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
         gl.static_assert(T.sharers == 2)
         h = cluster_rank() % 2
         into = x_offset(T) + (2 * stage + h) * T.block_m * 128
-        copy_to_sharers("_producer_kernel", 0, into, t * 128 + h * 64, m0, stage, live, T)
-        if n_parts(T) > 1:
-            LATER: gl.constexpr = T.block_m - LAST_TOKENS
-            copy_to_sharers("_producer_kernel", _DESCRIPTOR, into + LATER * 128, t * 128 + h * 64, m0 + LATER, stage,
-                            live & second, T)  # fmt: skip
+        copy_to_sharers("_producer_kernel", into, t * 128 + h * 64, m0, stage, live, T)
     elif X and n_parts(T) > 1:
         for h in gl.static_range(2):
             begin = (2 * stage + h) * n_parts(T)
@@ -433,4 +419,3 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
             tma.async_copy_shared_to_global(out_desc, [m0 + token, n0], y_smem.index(i))
     if not T.persistent:
         tma.store_wait(0)
-

@@ -183,7 +183,7 @@ def _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, b
     gl.thread_barrier()
     ahead = t - 1 + T.stages
     copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, ahead, n0, m0, M, N, behind,
-               (t > first) & (ahead < last), False, True, True, True, T)  # fmt: skip
+               (t > first) & (ahead < last), True, True, True, T)  # fmt: skip
 
 
 @gluon.jit

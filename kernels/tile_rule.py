@@ -1,15 +1,15 @@
 """Tiles for more than 128 tokens, from a model of what they cost.
 
-So many tokens are bound by power: all that counts is how many of a tile's tokens M fills, and whether its tiles fill the
-machine. So every width that M can be cut into, of 8 tokens' steps, is asked how long it would take, alone, halved in
+So many tokens are bound by power: what counts is how many of a tile's tokens M fills, and whether its tiles fill the
+machine. So every width that M can be cut into, in steps of 8 tokens, is asked how long it would take, alone, halved in
 clusters or in rounds:
 
     stage     of 128 inputs: so long for each token, dequantizing, and more of narrow tiles, which wait for it
     tiles     one after the other in so many rounds; of fewer than all multiprocessors each is faster
     sums      of what two or all programs share out (`streamed_sums`), longer the wider the tile
 
-Its numbers are a fit to 409 times of 5 to 12 configurations at each of 100 shapes and M from 160 to 1024 on an H100
-(NOTES.md): 4 % between them. What it takes was 0.3 % slower than the fastest of those timed on average, and 5 % at most.
+Its numbers are a fit to 409 times of 85 and more shapes and M from 160 to 1024 on an H100 (NOTES.md): 4 % between them.
+What it takes was 0.3 % slower than the fastest of those timed on average, and 5 % at most.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from compress.kernels.tile_shape import TiledConfig
 MANY_TOKENS = 128  # more than these
 ROWS = 128  # of W in a tile
 STEP = 8  # tokens
-NARROWEST, WIDEST = 64, 224  # tokens
+NARROWEST, WIDEST = 64, 240  # tokens
+WIDEST_SHARED = 216  # tokens, up to which sums that are shared out leave all registers that they are in
 FOUR_STAGES = 160  # tokens, up to which four stages leave room for y
 
 # nanoseconds
@@ -47,12 +48,13 @@ def _of_width(width: int) -> Iterator[TiledConfig]:
     """Of a tile for each program, halved in clusters of two, in rounds: the last shared out in pairs or by all, or
     by some."""
     each = TiledConfig(width, ROWS, 1, 8, 4 if width <= FOUR_STAGES else 3, producer=True, unroll=2)
-    yield each
-    yield replace(each, split_k=2, cluster=2)
     rounds = replace(each, persistent=True)
+    yield each
     yield rounds
-    yield replace(rounds, split_k=2, cluster=2)
-    yield replace(rounds, split_k=2)
+    if width <= WIDEST_SHARED:
+        yield replace(each, split_k=2, cluster=2)
+        yield replace(rounds, split_k=2, cluster=2)
+        yield replace(rounds, split_k=2)
 
 
 def _speed(busy: float) -> float:

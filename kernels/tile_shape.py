@@ -86,7 +86,8 @@ class TiledConfig:
     def shares_x(self) -> int:
         """`sharers`, or 1 where there is none to share x with."""
         sums = self.adders > 1 or self.split_k == 1
-        return self.sharers if self.producer and sums and self.slices == 1 and not self.persistent else 1
+        one_copy = self.block_m & (self.block_m - 1) == 0
+        return self.sharers if self.producer and sums and self.slices == 1 and one_copy and not self.persistent else 1
 
     def within(self, tiles: int, bits: int = 4) -> TiledConfig:
         """The same for a K of so many tiles: not unrolled where programs' shares would not be whole multiples, nor in
@@ -109,10 +110,6 @@ class TiledConfig:
     def leaving_tokens(self, bits: int = 4) -> int:
         """Tokens of y that leave at once."""
         return _leaving_tokens(self, bits)
-
-    def in_pieces(self, m: int) -> bool:
-        """Whether some x is copied in pieces (`tile_parts.copy_stage`)."""
-        return m % self.block_m > 0 and self.block_m & (self.block_m - 1) == 0
 
     def tokens_copied(self) -> tuple[int, int]:
         """Tokens of the two kinds of copies of x."""

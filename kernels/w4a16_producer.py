@@ -62,14 +62,13 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 @gluon.jit
-def _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, filled, n0, m0, M, N, stage,
-            phase, T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Copies of stages first .. last - 1, each as soon as one is empty; which is next, and its phase. From stage filled
-    on, there are zeros where M does not fill a tile."""
+def _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0, M, N, stage, phase,
+            T: gl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Copies of stages first .. last - 1, each as soon as one is empty; which is next, and its phase."""
     for t in range(first, last):
         wait_empty(stage, phase, T)
-        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, True,
-                   t < filled, True, True, False, T)  # fmt: skip
+        copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t, n0, m0, M, N, stage, True, True,
+                   True, False, T)  # fmt: skip
         stage, phase = next_stage(stage, phase, T)
     return stage, phase
 
@@ -84,26 +83,26 @@ def _produce(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, fir
         attend_opening(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, True, True, False, False, T)  # fmt: skip
+                   first + i < last, True, False, False, T)  # fmt: skip
     wait_for_sharers(T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, True, False, True, False, T)  # fmt: skip
+                   first + i < last, False, True, False, T)  # fmt: skip
     stage = 0
     phase = 0
     if last - first < STAGES:  # the others have not been filled, and who waits for their other phase does not wait
         stage = last - first
         phase = 1
-    stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first + STAGES, last,
-                           first + STAGES, n0, m0, M, N, stage, phase, T)  # fmt: skip
+    stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first + STAGES, last, n0, m0,
+                           M, N, stage, phase, T)  # fmt: skip
     if T.persistent:
         alone, turns = turns_of(whole, tiles, part, M, N, T)
         for i in range(1, turns):
             tile, first, last, _ = turn(i, alone, whole, tiles, part, M, N, T)
             n0, m0 = tile_origin(tile, M, N, T)
-            stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last,
-                                   first + STAGES, n0, m0, M, N, stage, phase, T)  # fmt: skip
+            stage, phase = _refill(words_desc, x_desc, x_piece_desc, words_smem, x_smem, barriers, first, last, n0, m0,
+                                   M, N, stage, phase, T)  # fmt: skip
     _attend_leaving(whole, tiles, part, M, N, T)
 
 

@@ -85,12 +85,12 @@ def _tiled_kernel(  # type: ignore[no-untyped-def]
     words_smem, x_smem, barriers, out_smem = open_memory(words_desc, x_desc, T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, True, True, False, True, T)  # fmt: skip
+                   first + i < last, True, False, True, T)  # fmt: skip
     part_of_unit, columns = first_columns(scale_ptr, zero_ptr, first, n0, N, K, tiles, T)
     wait_for_previous(T)
     for i in gl.static_range(STAGES):
         copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, first + i, n0, m0, M, N, i,
-                   first + i < last, True, False, True, True, T)  # fmt: skip
+                   first + i < last, False, True, True, T)  # fmt: skip
 
     stage = 0
     phase = 0
@@ -199,7 +199,7 @@ def launch(
     """y [M, N] = x [M, K] W^T + bias in x's dtype, M >= 1. Arguments are checked by the caller."""
     m, n, split = x.shape[0], weight.n, config.split_k
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or config.in_pieces(m)):
+    if config.sharers > 1 and (-(-n // config.block_n) % config.sharers or m % config.block_m):
         config = replace(config, sharers=1)  # the last tile of N has no neighbour, or x is copied in pieces
     tiles = weight.words.shape[0]
     config = config.within(tiles, weight.bits)

@@ -103,12 +103,14 @@ def test_a_neighbour_is_taken_only_if_its_kernel_takes_the_shape() -> None:
 
 
 def test_many_tokens_want_the_very_shape_of_kernels_that_fill_the_machine() -> None:
-    """Oracle: the docstring: a neighbour's entry at 128 tokens, not above; another kernel's and its own at both."""
+    """Oracle: the docstring: a neighbour's entry at 128 tokens, not above, nor that of another scheme or bucket;
+    another dtype's and its own at both, and another kernel's."""
     for kernel, above in (("w4a16_tiled", False), ("w8a16_tiled", False), ("w8a8", True)):
         table = {key(m=m): Entry(Choice(kernel, {}), 1.0) for m in (128, 1024)}
-        assert nearest(key(n=4352, m=128), table) and bool(nearest(key(n=4352, m=1024), table)) == above
-        assert nearest(key(n=4352, m=129), table) is None if not above else nearest(key(n=4352, m=1000), table)
-        assert nearest(key(m=768), table)
+        for other in ({"n": 4352}, {"scheme": "w4g32 sym"}):
+            assert nearest(key(**other, m=128), table) and bool(nearest(key(**other, m=1024), table)) == above
+        assert bool(nearest(key(m=768), table)) == above
+        assert nearest(key(m=1024), table) and nearest(key(dtype="bfloat16", m=1024), table)
 
 
 def test_dtype_and_groups_yield_to_shape_and_nothing_else_yields() -> None:

@@ -31,6 +31,7 @@ from compress.kernels import (
 from compress.kernels.choose import hopper_takes
 from compress.kernels.dispatch import Choice
 from compress.kernels.problem import Scheme
+from compress.kernels.tile_rule import many_tokens
 from compress.kernels.tile_shape import TiledConfig
 from compress.kernels.w4a16_decode import DecodeConfig
 
@@ -57,18 +58,19 @@ def test_decode_rule_covers_m_and_fills_the_machine(m: int) -> None:
         assert config.block_n == (16 if m <= 8 else 32) or -(-n // config.block_n) >= 132
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [129, 256, 257, 1000, 4096])
-def test_many_tokens_are_shared_out_among_all(m: int, bits: int) -> None:
-    """Oracles: the grid that `tune` times; shared memory; by hand: K of fewer tiles than stages goes otherwise."""
-    tunable = tunables.TILED if bits == 4 else tunables.TILED_BYTES
+def test_many_tokens_are_shared_out_among_all(m: int) -> None:
+    """Oracles: the grid that `tune` times; shared memory; by hand: K of fewer tiles than stages goes otherwise. Of 4
+    bits: `tile_rule`, and what it has nothing for."""
     for n, k in itertools.product(NS, (*KS, 1000)):
-        config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED, bits)
+        config, tiles = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED, 8), -(-k // 128)
         bare = replace(config, split_k=1, cluster=1, producer=False, unroll=1, persistent=False)
-        assert config.cluster == 1 or -(-k // 128) % 4 == 0
-        assert bare in set(tunable.grid(m)) and config == config.as_it_runs().within(-(-k // 128), bits)
-        assert config.program_bytes(bits) <= H100_SHARED
-        assert config.streams == (k > 128) and (config.unroll == 2) == (config.streams and -(-k // 128) % 2 == 0)
+        assert config.cluster == 1 or tiles % 4 == 0
+        assert bare in set(tunables.TILED_BYTES.grid(m)) and config == config.as_it_runs().within(tiles, 8)
+        assert config.program_bytes(8) <= H100_SHARED
+        assert config.streams == (k > 128) and (config.unroll == 2) == (config.streams and tiles % 2 == 0)
+        found = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
+        assert found == (many_tokens(m, n, tiles, 132, H100_SHARED) or TiledConfig(128, 128, 1, 8, 3, producer=True))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -232,7 +234,9 @@ def rule(kernel: Any, m: int, n: int, k: int) -> Any:
         (DECODE, 1, 1000, w4a16_tiled),  # no whole tiles of K
         (TILED, 1, 4096, TILED),
         (TILED, 4096, 4096, TILED),
-        (TILED, 300, 1000, TILED),
+        (TILED, 304, 1000, TILED),  # 16 of 320 tokens more than there are
+        (TILED, 300, 1000, w4a16_tiled),  # 20
+        (TILED, 100, 1000, TILED),  # of few tokens any number more
         (None, 1, 4096, w4a16_decode),
         (None, 8, 4096, w4a16_decode),
         (None, 9, 4096, w4a16_tiled),
@@ -272,7 +276,7 @@ def test_slices_of_another_shape_are_taken_where_they_fill_the_machine(
      {"words_at": 8}],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("m", [1, 300])
+@pytest.mark.parametrize("m", [1, 310])
 def test_what_bulk_copies_cannot_read_goes_to_the_portable_kernel(gpu: Gpu, m: int, case: dict[str, int]) -> None:
     """Oracle: the portable rule, whatever the table holds; and the same case made whole, which is not portable."""
     gpu.answer = TILED
