@@ -10,8 +10,8 @@
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
        kernel's multiples divide the asked N and K.
 
-Above HALVED_FROM tokens entries of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket alone:
-there the rule knows what any M costs (`tile_rule`), and an entry is what a shape was found to like better.
+Entries of more than HALVED_FROM tokens of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket
+alone: there the rule knows what any M costs (`tile_rule`), and an entry is what a shape was found to like better.
 
 At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
 of the asked dtype before another's: what is fastest hangs on the shape first.
@@ -140,7 +140,7 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
         and (
-            key.m <= HALVED_FROM
+            max(key.m, other.m) <= HALVED_FROM
             or entry.choice.kernel not in _FILL_THE_MACHINE
             or other._replace(dtype=key.dtype) == key
         )
