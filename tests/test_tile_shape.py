@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import triton.experimental.gluon.language as gl
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are decorated, at import
 
 from test_hopper import CASES
 
-from compress.kernels import dispatch, table_file, tile_shape, tunables, w4a16_decode
+from compress.kernels import dispatch, part_mma, table_file, tile_shape, tunables, w4a16_decode
 from compress.kernels.problem import Scheme
 from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
@@ -43,12 +45,52 @@ from compress.kernels.w4a16_producer import places
         (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2, 0, True), 1, 4 * 40 + 34),  # 64 x (2 x 64 + 4) sums: 33 KiB
         (TiledConfig(128, 64, 1, 8, 3, 1, True, 1, 1, 2, 0, True), 1, 3 * 72 + 9),  # 16 of 128 tokens: 8.25
         (TiledConfig(256, 128, 1, 8, 4, 1, True, 1, 1, 1, 0, True), 1, 4 * 72 + 1),  # no room, of 225 KiB, for any
+        (TiledConfig(152, 128, 1, 8, 4, 1, True, 1, 2), 1, 4 * 46 + 1),  # words 8 KiB and x 152 x 256 a stage
+        (TiledConfig(192, 128, 1, 8, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 56 + 3 * 16 + 1),  # y of 3 x 64 tokens
+        (TiledConfig(200, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), 2, 3 * 58 + 6 * 8 + 1),  # and of 6 x 32
     ],
     ids=str,
 )
 def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> None:
     """Oracle: stages, and mail with mbarriers rounded up to a KiB, by hand."""
     assert (config.ctas, config.memory_bytes()) == (ctas, expected * 1024)
+
+
+@pytest.mark.parametrize("tokens", [*range(32, 257, 8), 16])
+def test_parts_and_copies_of_a_tile(tokens: int) -> None:
+    """Oracles: powers of two; parts make up the tile; two copies of x cover it without going beyond, each from a part's
+    and an 8-row swizzle's begin; copies of y are of whole parts, or parts of one, and cover it."""
+    tile = tile_shape.Tile.of(TiledConfig(tokens, 128, 1, 8, 3, 1, True, 1, 2))
+    part, parts = int(tile_shape.part_tokens(tile)), int(tile_shape.n_parts(tile))
+    first, last = TiledConfig(tokens, 128, 1, 8, 3).tokens_copied()
+    at_once = int(tile_shape.tokens_at_once(tile))
+    assert part * parts == tokens and all(n & (n - 1) == 0 for n in (part, first, last, at_once))
+    assert first <= tokens <= first + last and last <= first
+    if parts == 1:
+        assert (part, first, last) == (tokens, tokens, 16)
+    else:
+        assert tokens < first + last < 2 * tokens or tokens == first + last
+        assert (tokens - last) % part == 0 and (tokens - last) % 8 == 0
+        assert at_once % part == 0 and at_once <= tokens <= at_once * int(tile_shape.copies_at_once(tile))
+
+
+@pytest.mark.parametrize("tokens", [40, 96, 152, 160, 192, 240])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_instruction_of_any_number_of_tokens(tokens: int, dtype: str) -> None:
+    """Oracle: the PTX ISA, of `wgmma` of 64 rows and 16 inputs: a thread has tokens / 2 sums and 4 registers of the
+    left operand, which are different ones in each of four; sums are the same before and behind."""
+    kind = gl.float16 if dtype == "fp16" else gl.bfloat16
+    tile = tile_shape.Tile.of(TiledConfig(tokens, 128, 1, 8, 3, 1, True, 1, 2), dtype=kind)
+    sums, part = tokens // 2, int(tile_shape.part_tokens(tile))
+    asm, constraints = str(part_mma._multiply_asm(tile)), str(part_mma._multiply_constraints(tile)).split(",")
+    assert constraints == ["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * (16 + part // 2)
+    found = re.findall(rf"m64n{tokens}k16\.f32\.(b?f16)\.\1 {{(.*?)}}, {{(.*?)}}, d, p, 1, 1, 0;", asm)
+    assert [name for name, _, _ in found] == [dtype.replace("fp", "f")] * 4
+    assert all(re.findall(r"\d+", into) == [str(i) for i in range(sums)] for _, into, _ in found)
+    left = [int(i) for _, _, operand in found for i in re.findall(r"\d+", operand)]
+    assert left == list(range(2 * sums, 2 * sums + 16)) and f"add.u32 a, a, ${2 * sums + 16};" in asm
+    waiting = str(part_mma._wait_constraints(tile, 2)).split(",")
+    assert waiting == ["=f"] * sums + ["=r"] * 32 + [str(i) for i in range(sums + 32)]
 
 
 @pytest.mark.parametrize(
