@@ -209,8 +209,8 @@ def total_of(part: gl.constexpr, rank, T: gl.constexpr):  # type: ignore[no-unty
     total = gl.zeros((TOKENS, T.sharers * BLOCK_N), gl.float32, L)
     for s in gl.static_range(ADDERS):
         begin = gl.where(s == share, share * SHARE, MAIL + (s - (s > share).to(gl.int32)) * SHARE)
-        for part in gl.static_range(SLICES):
-            total += _load_fours(at + (begin + part * BLOCK_N * 4))
+        for piece in gl.static_range(SLICES):
+            total += _load_fours(at + (begin + piece * BLOCK_N * 4))
     return total, rm, rn
 
 

@@ -10,7 +10,7 @@
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
        kernel's multiples divide the asked N and K.
 
-Entries of more than HALVED_FROM tokens of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket
+Entries of more than MANY_TOKENS tokens of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket
 alone: there the rule knows what any M costs (`tile_rule`), and an entry is what a shape was found to like better.
 
 At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MAX_BUCKET = 4096
-HALVED_FROM = 128
+MANY_TOKENS = 128  # more than these
 MAX_BUCKET_RATIO = 4
 MAX_SHAPE_RATIO = 2
 SEARCH_VARIABLE = "COMPRESS_KERNEL_SEARCH"
@@ -87,7 +87,7 @@ _searched: set[Product] = set()
 
 
 def m_bucket(m: int) -> int:
-    """The power of two at or above m, from HALVED_FROM on also those half-way, MAX_BUCKET at most: there a tile more
+    """The power of two at or above m, above MANY_TOKENS also those half-way, MAX_BUCKET at most: there a tile more
     or less of tokens decides.
 
     >>> [m_bucket(m) for m in (0, 1, 2, 3, 64, 65, 129, 193, 3000, 5000)]
@@ -97,7 +97,7 @@ def m_bucket(m: int) -> int:
         return 1
     power = 1 << (m - 1).bit_length()
     half_way = power * 3 // 4
-    return min(half_way if HALVED_FROM < m <= half_way else power, MAX_BUCKET)
+    return min(half_way if MANY_TOKENS < m <= half_way else power, MAX_BUCKET)
 
 
 def normalise_gpu(name: str) -> str:
@@ -140,7 +140,7 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
         and (
-            max(key.m, other.m) <= HALVED_FROM
+            max(key.m, other.m) <= MANY_TOKENS
             or entry.choice.kernel not in _FILL_THE_MACHINE
             or other._replace(dtype=key.dtype) == key
         )

@@ -1,9 +1,9 @@
 """Warpgroup MMAs of any number of tokens, in PTX: Triton has them of powers of two.
 
-Of 160 tokens, say, a `wgmma` of 128 and one of 32 take as long as one of 196 on an H100: however few its tokens, an MMA
-with its left operand in registers takes some 20 cycles, and a warp is held until all but two are done (`tile_product`),
-which leaves it little time where those are small. One of 160 it is, then, whose sums are tensors of a part of the
-tokens each (`tile_shape.part_tokens`), one behind the other in the registers of the instruction:
+160 tokens, say, could be a `wgmma` of 128 and one of 32. But however few its tokens, an MMA with its left operand in
+registers takes some 20 cycles, and a warp is held until all but two are done (`tile_product`), which leaves it little
+time where those are small. It is one of 160 instead, whose sums are tensors of a part of the tokens each
+(`tile_shape.part_tokens`), one behind the other in the registers of the instruction:
 
     sums [ROWS, 160]         | part 0 [ROWS, 32] | part 1 [ROWS, 32] | ... | part 4 |
     d of a thread            | 0 .. 15           | 16 .. 31          | ... | .. 79  |

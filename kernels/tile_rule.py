@@ -1,4 +1,4 @@
-"""Tiles for more than 128 tokens, from a model of what they cost.
+"""Tiles for more than 128 tokens (`dispatch.MANY_TOKENS`), from a model of what they cost.
 
 So many tokens are bound by power: what counts is how many of a tile's tokens M fills, and whether its tiles fill the
 machine. So every width that M can be cut into, in steps of 8 tokens, is asked how long it would take, alone, halved in
@@ -8,7 +8,7 @@ clusters or in rounds:
     tiles     one after the other in so many rounds; of fewer than all multiprocessors each is faster
     sums      of what two or all programs share out (`streamed_sums`), longer the wider the tile
 
-Its numbers are a fit to 409 times of 85 and more shapes and M from 160 to 1024 on an H100 (NOTES.md): 4 % between them.
+Its numbers are a fit to 409 times at 88 pairs of a shape and an M from 96 to 1024 on an H100 (NOTES.md), 4 % from them.
 What it takes was 0.3 % slower than the fastest of those timed on average, and 5 % at most.
 """
 
@@ -21,7 +21,6 @@ from functools import lru_cache
 from compress.kernels.streamed_sums import shares
 from compress.kernels.tile_shape import TiledConfig
 
-MANY_TOKENS = 128  # more than these
 ROWS = 128  # of W in a tile
 STEP = 8  # tokens
 NARROWEST, WIDEST = 64, 240  # tokens

@@ -1,8 +1,8 @@
 """W4A16 with warpgroup MMAs on Hopper, from M = 9 to prefill: the dequantized weight never leaves the registers.
 
 The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M
-tokens. With BITS = 8 the layout is that of `wna16_layout`: [BLOCK_N, 64] words, a byte of each half of a tile of K;
-8 bits are computed here from M = 1 on.
+tokens, a power of two or any multiple of 8 (`part_mma`). With BITS = 8 the layout is that of `wna16_layout`: [BLOCK_N,
+64] words, a byte of each half of a tile of K; 8 bits are computed here from M = 1 on.
 
     words [BLOCK_N, 32] --bulk copy--> shared --ldmatrix--> registers --lop3, add, mul--> left operand  \\
                                                                                            wgmma += [BLOCK_N, BLOCK_M]
@@ -54,6 +54,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
+from compress.kernels.dispatch import MANY_TOKENS
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
 from compress.kernels.tile_parts import (
     copy_stage,
@@ -65,7 +66,7 @@ from compress.kernels.tile_parts import (
     wait_for_previous,
 )
 from compress.kernels.tile_product import multiply_tiles
-from compress.kernels.tile_rule import MANY_TOKENS, many_tokens
+from compress.kernels.tile_rule import many_tokens
 from compress.kernels.tile_shape import GROUP_N, Tile, TiledConfig
 from compress.kernels.w4a16 import KernelWeight
 from compress.kernels.w4a16_producer import launch_producer, places, rounds
