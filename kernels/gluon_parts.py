@@ -183,6 +183,17 @@ def without_zero(even, odd, x_sums, zero, DTYPE: gl.constexpr):  # type: ignore[
     return part
 
 
+@gluon.jit
+def columns_part(t, part: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):  # type: ignore[no-untyped-def]
+    """One of PARTS equal parts of the columns of t, in layout L: only renames registers."""
+    if PARTS == 1:
+        t = gl.convert_layout(t, L, assert_trivial=True)
+    else:
+        halves = gl.split(t.reshape([t.shape[0], 2, t.shape[1] // 2]).permute(0, 2, 1))
+        t = columns_part(halves[part // (PARTS // 2)], part % (PARTS // 2), PARTS // 2, L)
+    return t
+
+
 @gluon.constexpr_function
 def parts_of(group):  # type: ignore[no-untyped-def]
     """Scale groups in a tile of K."""

@@ -17,18 +17,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from compress.kernels.gluon_parts import columns_part
 from compress.kernels.tile_shape import mma_layout, n_parts, part_tokens
-
-
-@gluon.jit
-def _inputs_of(w, part: gl.constexpr, PARTS: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """One of PARTS equal parts of the inputs of w [ROWS, inputs], as sums are laid out: only renames registers."""
-    if PARTS == 1:
-        w = gl.convert_layout(w, mma_layout(T), assert_trivial=True)
-    else:
-        halves = gl.split(w.reshape([w.shape[0], 2, w.shape[1] // 2]).permute(0, 2, 1))
-        w = _inputs_of(halves[part // (PARTS // 2)], part % (PARTS // 2), PARTS // 2, T)
-    return w
 
 
 @gluon.jit
@@ -37,7 +27,7 @@ def _registers_of(w, T: gl.constexpr):  # type: ignore[no-untyped-def]
     PARTS: gl.constexpr = 64 // part_tokens(T)
     found = ()
     for p in gl.static_range(PARTS):
-        found = found + (_inputs_of(w, p, PARTS, T),)
+        found = found + (columns_part(w, p, PARTS, mma_layout(T)),)
     return found
 
 

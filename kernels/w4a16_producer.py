@@ -42,11 +42,10 @@ from compress.kernels.streamed_sums import (
     with_given,
     workspace_floats,
 )
+from compress.kernels.tile_leave import leave, leave_alone
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
-    leave,
-    leave_alone,
     next_stage,
     open_memory,
     share_of_tile,

@@ -56,10 +56,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.dispatch import MANY_TOKENS
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
+from compress.kernels.tile_leave import leave
 from compress.kernels.tile_parts import (
     copy_stage,
     first_columns,
-    leave,
     open_memory,
     share_of_tile,
     tile_origin,
