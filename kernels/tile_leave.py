@@ -18,8 +18,11 @@ from compress.kernels.tile_shape import (
     mma_layout,
     n_parts,
     part_tokens,
+    stages_bytes,
     sums_layout,
+    token_bytes,
     tokens_at_once,
+    x_offset,
 )
 
 
@@ -118,7 +121,8 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
     COPIES: gl.constexpr = -(-T.block_m // TOKENS)
     ROOM: gl.constexpr = copies_at_once(T)
     ROUNDS: gl.constexpr = -(-COPIES // ROOM)
-    gl.static_assert(T.persistent or 128 * T.stages >= T.block_n, "the stages of x do not hold y")
+    ROOM_BYTES: gl.constexpr = stages_bytes(T) - x_offset(T)
+    gl.static_assert(T.persistent or ROOM * TOKENS * token_bytes(T) <= ROOM_BYTES, "the stages of x do not hold y")
     y_smem = out_smem._reinterpret(out_desc.dtype, [ROOM, TOKENS, T.block_n], out_desc.layout)
     sums = _leaving(accs, T)
     for r in gl.static_range(ROUNDS):

@@ -57,8 +57,10 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
     is there for whoever runs behind this."""
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1 and T.block_m >= 2 * PIECE),
-                     "tokens are a power of two, or of one slice and 16 rows a warp so many times 8")  # fmt: skip
+    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1),
+                     "tokens are a power of two, or of programs of one slice and 16 rows a warp")  # fmt: skip
+    gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and T.block_m >= 2 * PIECE and T.block_m <= 256),
+                     "tokens are a power of two, or a multiple of 8 from 32 to 256")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
     words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)

@@ -35,12 +35,10 @@ _NOT_A_MULTIPLE_OF = (16, 32)  # tokens: a width that few M ask for is compiled 
 _ODD_WIDTH = 1.004
 
 
-def _widths(m: int) -> Iterator[int]:
-    """Tokens of a tile, of which so many as M fills best."""
-    for tiles in range(-(-m // WIDEST), m // NARROWEST + 2):
-        width = -(-m // (tiles * STEP)) * STEP
-        if NARROWEST <= width <= WIDEST:
-            yield width
+def _widths(m: int) -> list[int]:
+    """Tokens of a tile: the narrowest for each number of tiles that M may be cut into."""
+    widths = range(NARROWEST, WIDEST + 1, STEP)
+    return [width for width in widths if -(-m // (width - STEP)) > -(-m // width)]
 
 
 def _of_width(width: int) -> Iterator[TiledConfig]:

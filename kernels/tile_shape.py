@@ -46,15 +46,15 @@ class TiledConfig:
     each tile that does not fill a wave of the machine; cluster: so many of them, side by side, add up through shared
     memory, where sums fit the stages (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`).
     sharers, 1 or 2: programs of so many tiles, neighbours in N, are one cluster and get x by one copy
-    (`stage_barriers`), where there is a producer and no sum of a program alone goes to the workspace. unroll: stages
-    in a straight line (`tile_product`), where there is a producer and each share of K is some of them (`within`).
-    slices: equal parts of the warps, each with every such tile of K for itself (slice-K), whose sums the program adds
-    up; 16 rows of W a warp. registers: a thread at launch, where there is a producer; 0: by
-    `w4a16_producer.producers_by_registers`. persistent: one program to each place on the machine, which computes tile
-    after tile: copies for the next go on while one leaves. Where there is a producer, and room for y. Tiles that do
-    not fill a round of all programs are then shared out among them with split_k > 1 (`streamed_sums`), or by clusters
-    of two if cluster is more than 1 and it pays (`streamed_sums.shares`), and are computed by some with split_k =
-    1."""
+    (`stage_barriers`), where there is a producer, no sum of a program alone goes to the workspace, and block_m is a
+    power of two. unroll: stages in a straight line (`tile_product`), where there is a producer and each share of K is
+    some of them (`within`). slices: equal parts of the warps, each with every such tile of K for itself (slice-K),
+    whose sums the program adds up; 16 rows of W a warp. registers: a thread at launch, where there is a producer; 0:
+    by `w4a16_producer.producers_by_registers`. persistent: one program to each place on the machine, which computes
+    tile after tile: copies for the next go on while one leaves. Where there is a producer, and room for y. Tiles that
+    do not fill a round of all programs are then shared out among them with split_k > 1 (`streamed_sums`), or by
+    clusters of two if cluster is more than 1 and it pays (`streamed_sums.shares`), and are computed by some with
+    split_k = 1."""
 
     block_m: int
     block_n: int

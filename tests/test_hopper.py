@@ -152,6 +152,8 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(192, 128, 2, 8, 3, 2, True, 1, 2), "fp16", None, True, False, DECODE_N, (1024,), (192, 300)),
     (TiledConfig(80, 64, 4, 4, 3, 1, True), "fp16", 128, False, True, DECODE_N, DECODE_K, (30, 300)),
     (TiledConfig(168, 64, 1, 4, 3, 1, True), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
+    (TiledConfig(40, 128, 8, 8, 3, 8, True), "bf16", 128, True, True, DECODE_N, DECODE_K, (30, 100)),
+    (TiledConfig(240, 128, 1, 8, 3, 1, False), "fp16", 32, False, True, DECODE_N, (640, 2048), (240, 300)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),
