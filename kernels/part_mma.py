@@ -65,8 +65,9 @@ def _multiply_asm(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def _floats(parts):  # type: ignore[no-untyped-def]
-    return (gl.float32,) * parts
+def _dtypes(t, operands):  # type: ignore[no-untyped-def]
+    """Of sums, and of so many left operands behind them."""
+    return (gl.float32,) * n_parts(t) + (t.dtype,) * (operands * 64 // part_tokens(t))
 
 
 @gluon.jit
@@ -75,7 +76,7 @@ def multiply_parts(left, x_offset, accs, T: gl.constexpr):  # type: ignore[no-un
     [tokens of all parts, 64] at an offset of shared memory."""
     asm: gl.constexpr = _multiply_asm(T)
     constraints: gl.constexpr = _multiply_constraints(T)
-    DTYPES: gl.constexpr = _floats(n_parts(T))
+    DTYPES: gl.constexpr = _dtypes(T, 0)
     PACK: gl.constexpr = part_tokens(T) // 2
     return gl.inline_asm_elementwise(
         asm,
@@ -95,11 +96,6 @@ def _wait_constraints(t, operands):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def _sums_and_operands(t, operands):  # type: ignore[no-untyped-def]
-    return (gl.float32,) * n_parts(t) + (t.dtype,) * (operands * 64 // part_tokens(t))
-
-
-@gluon.constexpr_function
 def _wait_asm(groups):  # type: ignore[no-untyped-def]
     return f"wgmma.wait_group.sync.aligned {groups};"
 
@@ -111,7 +107,7 @@ def wait_for_parts(groups: gl.constexpr, accs, operands, T: gl.constexpr):  # ty
     asm: gl.constexpr = _wait_asm(groups)
     OPERANDS: gl.constexpr = len(operands)
     constraints: gl.constexpr = _wait_constraints(T, OPERANDS)
-    DTYPES: gl.constexpr = _sums_and_operands(T, OPERANDS)
+    DTYPES: gl.constexpr = _dtypes(T, OPERANDS)
     PACK: gl.constexpr = part_tokens(T) // 2
     given = accs
     for i in gl.static_range(OPERANDS):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from compress.kernels.streamed_sums import shares
+from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
 
 ROWS = 128  # of W in a tile
@@ -54,7 +54,7 @@ def _of_width(width: int) -> Iterator[TiledConfig]:
         yield replace(rounds, split_k=2)
 
 
-def _speed(busy: float) -> float:
+def _time_of_full(busy: float) -> float:
     """Time of a stage where that part of the multiprocessors has one, of that where all have: fewer clock higher."""
     return min(1.0, max(0.765, 0.77 + 0.44 * (busy - 0.45)))
 
@@ -62,23 +62,22 @@ def _speed(busy: float) -> float:
 def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) -> float | None:
     """What a launch is expected to take; None if a program each is meant and there are more tiles than that."""
     tiles, width = -(-n // ROWS) * -(-m // config.block_m), config.block_m
-    stages, programs, rounds, sums = k_tiles, tiles, 1, 0.0
+    programs, rounds, sums = tiles * config.split_k, 1, 0.0
     if config.persistent:
-        found = shares(tiles, k_tiles, n_sms, config.unroll, config.cluster > 1)
-        if not config.streams or found.whole == tiles:
-            rounds = -(-tiles // n_sms)
-            stages = rounds * k_tiles
-        else:
-            rounds = found.whole // n_sms + 1
-            stages = (rounds - 1) * k_tiles + found.part
-            programs = n_sms
+        found = Shares(tiles, k_tiles)
+        if config.streams:
+            found = shares(tiles, k_tiles, n_sms, config.unroll, config.cluster > 1)
+        programs, rounds = tiles, -(-found.whole // n_sms)
+        stages = rounds * k_tiles
+        if found.whole < tiles:
+            programs, rounds, stages = n_sms, rounds + 1, stages + found.part
             sums = _HALVED_TOKEN * width if found.in_pairs else _SHARED + _SHARED_TOKEN * width
-    elif config.split_k == 2:
-        stages, programs, sums = -(-k_tiles // 2), 2 * tiles, _HALVED_TOKEN * width
-    if not config.persistent and programs > n_sms:
+    elif programs > n_sms:
         return None
+    else:
+        stages, sums = -(-k_tiles // config.split_k), _HALVED_TOKEN * width * (config.split_k - 1)
     stage = _TOKEN * width + _STAGE + _NARROW * max(0, _WIDE_ENOUGH - width)
-    return stages * stage * _speed(programs / n_sms) / 1e3 + _LAUNCH + _ROUND * (rounds - 1) + sums
+    return stages * stage * _time_of_full(programs / n_sms) / 1e3 + _LAUNCH + _ROUND * (rounds - 1) + sums
 
 
 @lru_cache(maxsize=4096)

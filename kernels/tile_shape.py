@@ -115,7 +115,7 @@ class TiledConfig:
 
     def tokens_copied(self) -> tuple[int, int]:
         """Tokens of the two kinds of copies of x."""
-        return _tokens_copied(self.block_m)
+        return _tokens_copied(self)
 
     def memory_bytes(self, bits: int = 4) -> int:
         """Shared memory of stages, mail or y, and mbarriers."""
@@ -313,8 +313,8 @@ def _leaving_tokens(config: TiledConfig, bits: int) -> int:
 
 
 @cache
-def _tokens_copied(block_m: int) -> tuple[int, int]:
-    tile = Tile(block_m, 128, 1, 8, 1, 1)
+def _tokens_copied(config: TiledConfig) -> tuple[int, int]:
+    tile = Tile.of(config)
     return int(first_copied(tile)), int(last_copied(tile))
 
 
