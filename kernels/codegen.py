@@ -145,7 +145,7 @@ def read_report(said: str, function: str, shared: int, mma: int) -> Code:
     """What `ptxas -v` says of one kernel."""
     registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
     spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
-    serial = re.search(r"wgmma\.mma_async instructions are serialized due to (.*?) in (?:the )?function", said)
+    serial = re.search(r"wgmma\.mma_async instructions are serialized due to (.*?) (?:in|for) (?:the )?function", said)
     return Code(function, registers, spills, shared, mma, serial[1] if serial else None)
 
 

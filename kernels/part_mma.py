@@ -18,37 +18,37 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from compress.kernels.gluon_parts import columns_part
-from compress.kernels.tile_shape import mma_layout, n_parts, part_tokens
+from compress.kernels.tile_shape import sums_layout
 
 
 @gluon.jit
-def _registers_of(w, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A left operand [ROWS, 64] as tensors [ROWS, tokens of a part]."""
-    PARTS: gl.constexpr = 64 // part_tokens(T)
+def _registers_of(w, PART: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A left operand [rows, 64] as tensors [rows, PART]."""
+    PARTS: gl.constexpr = 64 // PART
     found = ()
     for p in gl.static_range(PARTS):
-        found = found + (columns_part(w, p, PARTS, mma_layout(T)),)
+        found = found + (columns_part(w, p, PARTS, sums_layout(T, PART)),)
     return found
 
 
 @gluon.constexpr_function
 def _each(n):  # type: ignore[no-untyped-def]
-    """Values of a thread in a tensor [ROWS, n]."""
+    """Values of a thread in a tensor [rows, n], of 16 rows a warp."""
     return n // 2
 
 
 @gluon.constexpr_function
-def _multiply_constraints(t):  # type: ignore[no-untyped-def]
-    n = _each(t.block_m)
+def _multiply_constraints(tokens, part):  # type: ignore[no-untyped-def]
+    n = _each(tokens)
     tied = [str(i) for i in range(n)]
-    return ",".join(["=f"] * n + tied + ["r"] * (16 + _each(part_tokens(t))))
+    return ",".join(["=f"] * n + tied + ["r"] * (16 + _each(part)))
 
 
 @gluon.constexpr_function
-def _multiply_asm(t):  # type: ignore[no-untyped-def]
+def _multiply_asm(t, tokens):  # type: ignore[no-untyped-def]
     """Four MMAs of 16 inputs each, and a group of them. The address of x, in swizzled rows of 128 bytes, 8 of which are
     a kilobyte, is an offset in shared memory."""
-    n = _each(t.block_m)
+    n = _each(tokens)
     kind = "f16.f16" if t.dtype == gl.float16 else "bf16.bf16"
     sums = ", ".join(f"${i}" for i in range(n))
     code = (
@@ -59,29 +59,29 @@ def _multiply_asm(t):  # type: ignore[no-untyped-def]
     )
     for k in range(4):
         left = ", ".join(f"${2 * n + 4 * k + i}" for i in range(4))
-        code += f" wgmma.mma_async.sync.aligned.m64n{t.block_m}k16.f32.{kind} {{{sums}}}, {{{left}}}, d, p, 1, 1, 0;\n"
+        code += f" wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind} {{{sums}}}, {{{left}}}, d, p, 1, 1, 0;\n"
         code += "add.s64 d, d, 2;\n" if k < 3 else ""
     return code + "wgmma.commit_group.sync.aligned;}"
 
 
 @gluon.constexpr_function
-def _dtypes(t, operands):  # type: ignore[no-untyped-def]
+def _dtypes(t, tokens, part, operands):  # type: ignore[no-untyped-def]
     """Of sums, and of so many left operands behind them."""
-    return (gl.float32,) * n_parts(t) + (t.dtype,) * (operands * 64 // part_tokens(t))
+    return (gl.float32,) * (tokens // part) + (t.dtype,) * (operands * 64 // part)
 
 
 @gluon.jit
-def multiply_parts(left, x_offset, accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Start a group of MMAs: accs, [ROWS, tokens] of each part, and the products of a left operand [ROWS, 64] with x
-    [tokens of all parts, 64] at an offset of shared memory."""
-    asm: gl.constexpr = _multiply_asm(T)
-    constraints: gl.constexpr = _multiply_constraints(T)
-    DTYPES: gl.constexpr = _dtypes(T, 0)
-    PACK: gl.constexpr = part_tokens(T) // 2
+def multiply_parts(left, x_offset, accs, TOKENS: gl.constexpr, PART: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Start a group of MMAs: accs, [rows, PART] of each part of TOKENS, and the products of a left operand [rows, 64]
+    with x [TOKENS, 64] at an offset of shared memory, which may differ between warpgroups."""
+    asm: gl.constexpr = _multiply_asm(T, TOKENS)
+    constraints: gl.constexpr = _multiply_constraints(TOKENS, PART)
+    DTYPES: gl.constexpr = _dtypes(T, TOKENS, PART, 0)
+    PACK: gl.constexpr = PART // 2
     return gl.inline_asm_elementwise(
         asm,
         constraints,
-        accs + _registers_of(left, T) + (gl.to_tensor(x_offset),),
+        accs + _registers_of(left, PART, T) + (gl.to_tensor(x_offset),),
         dtype=DTYPES,
         is_pure=False,
         pack=PACK,
@@ -89,8 +89,8 @@ def multiply_parts(left, x_offset, accs, T: gl.constexpr):  # type: ignore[no-un
 
 
 @gluon.constexpr_function
-def _wait_constraints(t, operands):  # type: ignore[no-untyped-def]
-    n, registers = _each(t.block_m), 16 * operands
+def _wait_constraints(tokens, operands):  # type: ignore[no-untyped-def]
+    n, registers = _each(tokens), 16 * operands
     tied = [str(i) for i in range(n + registers)]
     return ",".join(["=f"] * n + ["=r"] * registers + tied)
 
@@ -101,19 +101,20 @@ def _wait_asm(groups):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def wait_for_parts(groups: gl.constexpr, accs, operands, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """accs, [ROWS, tokens] of each part, when all but so many groups are done. Operands [ROWS, 64] go through the wait
+def wait_for_parts(groups: gl.constexpr, accs, operands, PART: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """accs, [rows, PART] of each part, when all but so many groups are done. Operands [rows, 64] go through the wait
     as accs do: they are in registers up to there, which may be written behind it."""
     asm: gl.constexpr = _wait_asm(groups)
     OPERANDS: gl.constexpr = len(operands)
-    constraints: gl.constexpr = _wait_constraints(T, OPERANDS)
-    DTYPES: gl.constexpr = _dtypes(T, OPERANDS)
-    PACK: gl.constexpr = part_tokens(T) // 2
+    TOKENS: gl.constexpr = PART * len(accs)
+    constraints: gl.constexpr = _wait_constraints(TOKENS, OPERANDS)
+    DTYPES: gl.constexpr = _dtypes(T, TOKENS, PART, OPERANDS)
+    PACK: gl.constexpr = PART // 2
     given = accs
     for i in gl.static_range(OPERANDS):
-        given = given + _registers_of(operands[i], T)
+        given = given + _registers_of(operands[i], PART, T)
     there = gl.inline_asm_elementwise(asm, constraints, given, dtype=DTYPES, is_pure=False, pack=PACK)
     sums = ()
-    for p in gl.static_range(n_parts(T)):
+    for p in gl.static_range(len(accs)):
         sums = sums + (there[p],)
     return sums

@@ -13,10 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from compress.kernels.cluster_sums import add_slices, attend_sums, depart, exchange, total_of, wait_for_sharers
 from compress.kernels.gluon_parts import columns_part
 from compress.kernels.tile_shape import (
+    box_rows,
+    common_part,
+    common_tokens,
     copies_at_once,
     leaving_layout,
     mma_layout,
     n_parts,
+    out_copies,
+    out_rows,
     part_tokens,
     stages_bytes,
     sums_layout,
@@ -85,19 +90,19 @@ def _store_sums(out_ptr, workspace_ptr, total, bias_ptr, n0, m0, rm, rn, M, N, T
 
 
 @gluon.jit
-def _leaving(accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of a tile [ROWS, tokens_at_once], one behind the other; the last may have tokens of the one before again."""
-    PARTS: gl.constexpr = n_parts(T)
+def _leaving(accs, first: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """PARTS sums from the first on, of PART tokens each, as [rows, tokens_at_once] one behind the other; the last may
+    have tokens of the one before again."""
     TOKENS: gl.constexpr = tokens_at_once(T)
-    TOGETHER: gl.constexpr = TOKENS // part_tokens(T)
+    TOGETHER: gl.constexpr = TOKENS // PART
     found = ()
     if TOGETHER > 1:
         for p in gl.static_range(0, PARTS, TOGETHER):
-            found = found + (_parts_together(accs, min(p, PARTS - TOGETHER), TOGETHER, T),)
+            found = found + (_parts_together(accs, first + min(p, PARTS - TOGETHER), TOGETHER, T),)
     else:
         for p in gl.static_range(PARTS):
-            for i in gl.static_range(part_tokens(T) // TOKENS):
-                found = found + (columns_part(accs[p], i, part_tokens(T) // TOKENS, leaving_layout(T)),)
+            for i in gl.static_range(PART // TOKENS):
+                found = found + (columns_part(accs[first + p], i, PART // TOKENS, leaving_layout(T)),)
     return found
 
 
@@ -118,13 +123,21 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
     """A tile of y^T and bias to y as whole lines, through shared memory: that of the stages of x, which are no longer
     needed, or of a persistent program its own, of which copies may still read when this returns."""
     TOKENS: gl.constexpr = tokens_at_once(T)
-    COPIES: gl.constexpr = -(-T.block_m // TOKENS)
+    ALL: gl.constexpr = out_copies(T)
+    COPIES: gl.constexpr = ALL[0]
+    OWN: gl.constexpr = ALL[1]
+    ROWS: gl.constexpr = out_rows(T)
+    BOX: gl.constexpr = box_rows(T)
+    BOXES: gl.constexpr = ROWS // BOX
     ROOM: gl.constexpr = copies_at_once(T)
     ROUNDS: gl.constexpr = -(-COPIES // ROOM)
     ROOM_BYTES: gl.constexpr = stages_bytes(T) - x_offset(T)
     gl.static_assert(T.persistent or ROOM * TOKENS * token_bytes(T) <= ROOM_BYTES, "the stages of x do not hold y")
-    y_smem = out_smem._reinterpret(out_desc.dtype, [ROOM, TOKENS, T.block_n], out_desc.layout)
-    sums = _leaving(accs, T)
+    y_smem = out_smem._reinterpret(out_desc.dtype, [ROOM, TOKENS, ROWS], out_desc.layout)
+    boxes = out_smem._reinterpret(out_desc.dtype, [ROOM * BOXES, TOKENS, BOX], out_desc.layout)
+    sums = _leaving(accs, 0, n_parts(T), part_tokens(T), T)
+    if COPIES > OWN:
+        sums = sums + _leaving(accs, n_parts(T), common_tokens(T) // common_part(T), common_part(T), T)
     for r in gl.static_range(ROUNDS):
         if T.persistent:
             tma.store_wait(0)
@@ -132,13 +145,20 @@ def _store_tile(out_desc, accs, bias_ptr, out_smem, n0, m0, N, T: gl.constexpr):
         for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
             y = sums[r * ROOM + i]
             if T.has_bias:
-                rn = gl.arange(0, T.block_n, gl.SliceLayout(1, leaving_layout(T)))
+                rn = gl.arange(0, ROWS, gl.SliceLayout(1, leaving_layout(T)))
+                if r * ROOM + i >= OWN:
+                    rn = ROWS + rn % BOX
                 bias = gl.load(bias_ptr + n0 + rn, mask=n0 + rn < N, other=0).to(gl.float32)
                 y += gl.expand_dims(bias, 1)
             y_smem.index(i).permute([1, 0]).store(y.to(out_desc.dtype))
         fence_async_shared()
         for i in gl.static_range(min(ROOM, COPIES - r * ROOM)):
-            token = min((r * ROOM + i) * TOKENS, T.block_m - TOKENS)
-            tma.async_copy_shared_to_global(out_desc, [m0 + token, n0], y_smem.index(i))
+            for b in gl.static_range(BOXES):
+                if r * ROOM + i < OWN:
+                    at = [m0 + min((r * ROOM + i) * TOKENS, T.block_m - TOKENS), n0 + b * BOX]
+                else:  # of the warpgroup's tokens
+                    token = min((r * ROOM + i - OWN) * TOKENS, common_tokens(T) - TOKENS)
+                    at = [m0 + token + b * (T.block_m - common_tokens(T)), n0 + ROWS]
+                tma.async_copy_shared_to_global(out_desc, at, boxes.index(i * BOXES + b))
     if not T.persistent:
         tma.store_wait(0)

@@ -25,6 +25,8 @@ from compress.kernels.tile_shape import (
     GROUP_N,
     PIECE,
     blocks_of,
+    box_rows,
+    common_rows,
     ctas_of,
     first_copied,
     in_units,
@@ -52,18 +54,21 @@ def _barrier_layout(t):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Words int16 [STAGES, ROWS BITS / 8, 64] and x [2 SLICES STAGES PARTS, tokens of a part, 64] in shared memory, and
-    mbarriers int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves through. All of it
-    is there for whoever runs behind this."""
+    """Words int16 [STAGES BOXES, rows of a box BITS / 8, 64] and x [2 SLICES STAGES PARTS, tokens of a part, 64] in
+    shared memory, and mbarriers int64 [128, 1], the last 2 STAGES of which are those of the stages; and where y leaves
+    through. All of it is there for whoever runs behind this."""
     gl.static_assert(T.slices == 1 or (T.warps % (4 * T.slices) == 0 and blocks_of(T) == 1),
                      "a slice is whole warpgroups, 16 rows a warp")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and blocks_of(T) == 1),
+    gl.static_assert(n_parts(T) == 1 or (T.slices == 1 and (blocks_of(T) == 1 or common_rows(T) > 0)),
                      "tokens are a power of two, or of programs of one slice and 16 rows a warp")  # fmt: skip
+    gl.static_assert(common_rows(T) == 0 or (T.warps == 8 and T.split == 1 and not T.streams),
+                     "common rows are of two warpgroups whose program shares nothing out")  # fmt: skip
     gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and T.block_m >= 2 * PIECE and T.block_m <= 256),
                      "tokens are a power of two, or a multiple of 8 from 32 to 256")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
-    words = memory.index(0)._reinterpret(gl.int16, [T.stages, rows_of(T) * T.bits // 8, 64], words_desc.layout)
+    BOXES: gl.constexpr = T.stages * rows_of(T) // box_rows(T)
+    words = memory.index(0)._reinterpret(gl.int16, [BOXES, box_rows(T) * T.bits // 8, 64], words_desc.layout)
     X_UNIT: gl.constexpr = x_offset(T) // 1024
     PARTS: gl.constexpr = 2 * T.slices * T.stages * n_parts(T)
     x = memory.index(X_UNIT)._reinterpret(x_desc.dtype, [PARTS, part_tokens(T), 64], x_desc.layout)
@@ -98,13 +103,17 @@ def rows_within(rows, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Of sums [ROWS]: which rows of the tile of W they are."""
     if T.slices > 1:
         rows = rows % T.block_n
+    elif common_rows(T) > 0:
+        rows -= (rows >= T.block_n).to(gl.int32) * common_rows(T)
     return rows
 
 
 @gluon.jit
-def load_words(smem, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """[ROWS, 8 BITS] int16 in the layout of the MMA's left operand."""
+def load_words(words_smem, stage, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a stage, [ROWS, 8 BITS] int16 in the layout of the MMA's left operand."""
     ROWS: gl.constexpr = rows_of(T)
+    BOXES: gl.constexpr = ROWS // box_rows(T)
+    smem = words_smem.index(BOXES * stage)._reinterpret(gl.int16, [ROWS * T.bits // 8, 64], words_smem.layout)
     words = smem.load(words_layout(T))
     if T.bits == 4:
         words = words.reshape([ROWS // 2, 2, 32]).reshape([ROWS, 32])
@@ -177,10 +186,13 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
         else:
             n_bytes = stage_bytes(T) - (T.block_m // PIECE - gl.cdiv(tokens, PIECE)) * (PIECE * SLICES * 256)
         announce(stage, n_bytes, live, FIRST, T)
-        slices = words_smem._reinterpret(gl.int16, [SLICES * T.stages, T.block_n * T.bits // 8, 64], words_desc.layout)
+        BOXES: gl.constexpr = rows_of(T) // (SLICES * box_rows(T))
         for s in gl.static_range(SLICES):
-            row = ((t * SLICES + s) * N + n0) // (8 // T.bits)
-            tma.async_copy_global_to_shared(words_desc, [row, 0], ready, slices.index(SLICES * stage + s), pred=live)
+            for b in gl.static_range(BOXES):
+                n = n0 + min(b * box_rows(T), T.block_n - box_rows(T))  # common rows once for each warpgroup
+                row = ((t * SLICES + s) * N + n) // (8 // T.bits)
+                box = words_smem.index((SLICES * stage + s) * BOXES + b)
+                tma.async_copy_global_to_shared(words_desc, [row, 0], ready, box, pred=live)
     if X and T.sharers > 1:
         gl.static_assert(T.sharers == 2)
         h = cluster_rank() % 2

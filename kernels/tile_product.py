@@ -51,6 +51,9 @@ from compress.kernels.tile_parts import (
 )
 from compress.kernels.tile_shape import (
     blocks_of,
+    common_part,
+    common_rows,
+    common_tokens,
     fields_per_tile,
     in_units,
     mma_layout,
@@ -58,6 +61,7 @@ from compress.kernels.tile_shape import (
     operand_layout,
     part_tokens,
     rows_of,
+    sums_layout,
     tiles_ahead,
     x_offset,
 )
@@ -111,10 +115,12 @@ def to_size(accs, part_of_unit, T: gl.constexpr):  # type: ignore[no-untyped-def
     them."""
     sized = accs
     if in_units(T):
-        unit = SCALED_UNIT / part_of_unit
+        BLOCKS: gl.constexpr = 2 if common_rows(T) > 0 else 1
+        ROWS: gl.constexpr = gl.SliceLayout(1, operand_layout(T))
         sized = ()
-        for p in gl.static_range(n_parts(T)):
-            by = gl.convert_layout(unit, gl.SliceLayout(1, mma_layout(T)), assert_trivial=True)
+        for p in gl.static_range(len(accs)):
+            unit = block_of_rows(SCALED_UNIT / part_of_unit, p // n_parts(T) if BLOCKS > 1 else 0, BLOCKS, ROWS)
+            by = gl.convert_layout(unit, gl.SliceLayout(1, accs[p].type.layout), assert_trivial=True)
             sized = sized + (accs[p] * gl.expand_dims(by, 1),)
     return sized
 
@@ -128,7 +134,12 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     which are on their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     if T.unroll > 1 or T.persistent:
         gl.assume(first < last)
-    if blocks_of(T) == 2:
+    if common_rows(T) > 0:
+        accs, stage, phase = _with_common_rows(
+            words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
+            first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
+        )  # fmt: skip
+    elif blocks_of(T) == 2:
         accs, stage, phase = _in_four_groups(
             words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
             first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
@@ -159,7 +170,7 @@ def _no_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
 def _multiply(left, x_smem, half, accs, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """Start a group of MMAs of a left operand [ROWS, 64] with all tokens of 64 inputs, the half-th of all stages'."""
     if n_parts(T) > 1:
-        sums = multiply_parts(left, x_offset(T) + half * (T.block_m * 128), accs, T)
+        sums = multiply_parts(left, x_offset(T) + half * (T.block_m * 128), accs, T.block_m, part_tokens(T), T)
     else:
         sums = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), accs[0], is_async=True),)
     return sums
@@ -169,7 +180,7 @@ def _multiply(left, x_smem, half, accs, T: gl.constexpr):  # type: ignore[no-unt
 def _wait_but(groups: gl.constexpr, accs, operands, T: gl.constexpr):  # type: ignore[no-untyped-def]
     """accs when all but so many groups are done, behind which registers of the operands may be written."""
     if n_parts(T) > 1:
-        sums = wait_for_parts(groups, accs, operands, T)
+        sums = wait_for_parts(groups, accs, operands, part_tokens(T), T)
     else:
         sums = (warpgroup_mma_wait(groups, deps=accs + operands)[0],)
     return sums
@@ -221,7 +232,7 @@ def _words_of(words_smem, stage, phase, T: gl.constexpr):  # type: ignore[no-unt
         wait_passed_on(stage, T)
     else:
         wait_ready(stage, phase, T)
-    return load_words(words_smem.index(stage), T)
+    return load_words(words_smem, stage, T)
 
 
 @gluon.jit
@@ -315,3 +326,67 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
     acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
     both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
     return (gl.convert_layout(both, mma_layout(T), assert_trivial=True),), stage, phase
+
+
+@gluon.constexpr_function
+def _later_tokens_asm(t):  # type: ignore[no-untyped-def]
+    """Bytes of x before the tokens that this warpgroup multiplies common rows with, in rows of 128 bytes."""
+    n_bytes = 128 * (t.block_m - common_tokens(t))
+    return f"{{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; mul.lo.u32 $0, t, {n_bytes};}}"
+
+
+@gluon.jit
+def _with_common_rows(  # type: ignore[no-untyped-def]
+    words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
+    last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """`_in_four_groups` of 192 rows: a block of a warpgroup's own rows with all tokens, one of rows that both have with
+    its half of them. Sums of the first, then of the second."""
+    asm: gl.constexpr = _later_tokens_asm(T)
+    PART: gl.constexpr = part_tokens(T)
+    COMMON: gl.constexpr = common_tokens(T)
+    COMMON_PART: gl.constexpr = common_part(T)
+    UNROLL: gl.constexpr = T.unroll
+    later = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    own = ()
+    for _ in gl.static_range(T.block_m // PART):
+        own = own + (gl.zeros((2 * 64, PART), gl.float32, sums_layout(T, PART)),)
+    common = ()
+    for _ in gl.static_range(COMMON // COMMON_PART):
+        common = common + (gl.zeros((2 * 64, COMMON_PART), gl.float32, sums_layout(T, COMMON_PART)),)
+    last_but_one = gl.zeros((2 * 64, 64), T.dtype, operand_layout(T))
+    before = last_but_one
+    for first_of_run in range(first, last, UNROLL):
+        behind = _stage_behind(stage, T)
+        words = _words_of(words_smem, stage, phase, T)
+        for i in gl.static_range(UNROLL):
+            t = first_of_run + i
+            here = stage
+            for g in gl.static_range(4):
+                w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
+                x = x_offset(T) + (2 * here + g // 2) * (T.block_m * 128)
+                if g == 3 and i + 1 < UNROLL:
+                    stage, phase = next_stage(stage, phase, T)
+                    words = _words_of(words_smem, stage, phase, T)
+                if g % 2 == 0:
+                    own = wait_for_parts(1, own, (last_but_one,), PART, T)
+                    own = multiply_parts(w, x, own, T.block_m, PART, T)
+                else:
+                    common = wait_for_parts(1, common, (last_but_one,), COMMON_PART, T)
+                    if g == 1 and not COPIES:  # all but group 0 of this tile are done
+                        arrive_empty(behind, _filled_again(t, first, last, again, T), T)
+                    common = multiply_parts(w, x + later, common, COMMON, COMMON_PART, T)
+                last_but_one = before
+                before = w
+                if g == 0:
+                    columns = columns + load_columns(
+                        scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
+                    )
+            if COPIES:
+                _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0,
+                           m0, M, N, T)  # fmt: skip
+            columns = _behind_first(columns, T)
+            behind = here
+        stage, phase = next_stage(stage, phase, T)
+    own = wait_for_parts(0, own, (last_but_one, before), PART, T)
+    return own + wait_for_parts(0, common, (), COMMON_PART, T), stage, phase

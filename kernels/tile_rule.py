@@ -1,38 +1,57 @@
 """Tiles for more than 128 tokens (`dispatch.MANY_TOKENS`), from a model of what they cost.
 
 So many tokens are bound by power: what counts is how many of a tile's tokens M fills, and whether its tiles fill the
-machine. So every width that M can be cut into, in steps of 8 tokens, is asked how long it would take, alone, halved in
-clusters or in rounds:
+machine. So every width that M can be cut into, in steps of 8 tokens, is asked how long it would take in tiles of 128
+rows, alone, halved in clusters or in rounds, and of 192 rows (`tile_shape.common_rows`), alone or in rounds:
 
     stage     of 128 inputs: so long for each token, dequantizing, and more of narrow tiles, which wait for it
     tiles     one after the other in so many rounds; of fewer than all multiprocessors each is faster
     sums      of what two or all programs share out (`streamed_sums`), longer the wider the tile
 
-Its numbers are a fit to 409 times at 88 pairs of a shape and an M from 96 to 1024 on an H100 (NOTES.md), 4 % from them.
-What it takes was 0.3 % slower than the fastest of those timed on average, and 5 % at most.
+Its numbers are a fit to 409 times at 88 pairs of a shape and an M from 96 to 1024 on an H100 (NOTES.md), 4 % from them,
+and for 192 rows to 125 at 61 pairs, 3 %. What it takes of 128 rows was 0.3 % slower than the fastest of those timed on
+average, and 5 % at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
 
-ROWS = 128  # of W in a tile
 STEP = 8  # tokens
-NARROWEST, WIDEST = 64, 240  # tokens
+NARROWEST, WIDEST = 64, 256  # tokens
 WIDEST_SHARED = 216  # tokens, up to which sums that are shared out leave all registers that they are in
-FOUR_STAGES = 160  # tokens, up to which four stages leave room for y
 
-# nanoseconds
-_TOKEN, _STAGE, _NARROW, _WIDE_ENOUGH = 5.9, 44.0, 2.2, 112
+
+@dataclass(frozen=True)
+class _Height:
+    """Tiles of so many rows of W: how wide they may be, as registers allow with one scale of a row and a tile of K,
+    two, or more; up to which width four stages leave room for y; nanoseconds of a stage a token, besides, and a token
+    less than `_WIDE_ENOUGH`; microseconds of a round more, and of persistent programs."""
+
+    widest: tuple[int, int, int]
+    four_stages: int
+    token: float
+    stage: float
+    narrow: float
+    round: float
+    persistent: float
+
+
+_HEIGHTS = {
+    128: _Height((WIDEST, WIDEST, WIDEST), 160, 5.9, 44.0, 2.2, 1.3, 0.0),
+    192: _Height((200, 176, 104), 112, 8.4, 147.0, 3.6, 1.8, 1.0),
+}
+_WIDE_ENOUGH = 112
 # microseconds
-_LAUNCH, _ROUND, _HALVED_TOKEN, _SHARED, _SHARED_TOKEN = 0.5, 1.3, 0.015, 3.4, 0.022
+_LAUNCH, _HALVED_TOKEN, _SHARED, _SHARED_TOKEN = 0.5, 0.015, 3.4, 0.022
 _NOT_A_MULTIPLE_OF = (16, 32)  # tokens: a width that few M ask for is compiled for a few
 _ODD_WIDTH = 1.004
+_LITTLE_ROOM, _LITTLE_ROOM_WIDTH = 248, 1.015  # tokens from which on stages leave y little room
 
 
 def _widths(m: int) -> list[int]:
@@ -41,17 +60,19 @@ def _widths(m: int) -> list[int]:
     return [width for width in widths if -(-m // (width - STEP)) > -(-m // width)]
 
 
-def _of_width(width: int) -> Iterator[TiledConfig]:
+def _of_width(width: int, fields: int = 1) -> Iterator[TiledConfig]:
     """Of a tile for each program, halved in clusters of two, in rounds: the last shared out in pairs or by all, or
     by some."""
-    each = TiledConfig(width, ROWS, 1, 8, 4 if width <= FOUR_STAGES else 3, producer=True, unroll=2)
-    rounds = replace(each, persistent=True)
-    yield each
-    yield rounds
-    if width <= WIDEST_SHARED:
-        yield replace(each, split_k=2, cluster=2)
-        yield replace(rounds, split_k=2, cluster=2)
-        yield replace(rounds, split_k=2)
+    for rows, height in _HEIGHTS.items():
+        each = TiledConfig(width, rows, 1, 8, 4 if width <= height.four_stages else 3, producer=True, unroll=2)
+        rounds = replace(each, persistent=True)
+        if width <= height.widest[min(fields, 3) - 1]:
+            yield each
+            yield rounds
+        if width <= WIDEST_SHARED and rows == 128:
+            yield replace(each, split_k=2, cluster=2)
+            yield replace(rounds, split_k=2, cluster=2)
+            yield replace(rounds, split_k=2)
 
 
 def _time_of_full(busy: float) -> float:
@@ -61,7 +82,8 @@ def _time_of_full(busy: float) -> float:
 
 def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) -> float | None:
     """What a launch is expected to take; None if a program each is meant and there are more tiles than that."""
-    tiles, width = -(-n // ROWS) * -(-m // config.block_m), config.block_m
+    tiles, width = -(-n // config.block_n) * -(-m // config.block_m), config.block_m
+    height = _HEIGHTS[config.block_n]
     programs, rounds, sums = tiles * config.split_k, 1, 0.0
     if config.persistent:
         found = Shares(tiles, k_tiles)
@@ -76,20 +98,24 @@ def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) 
         return None
     else:
         stages, sums = -(-k_tiles // config.split_k), _HALVED_TOKEN * width * (config.split_k - 1)
-    stage = _TOKEN * width + _STAGE + _NARROW * max(0, _WIDE_ENOUGH - width)
-    return stages * stage * _time_of_full(programs / n_sms) / 1e3 + _LAUNCH + _ROUND * (rounds - 1) + sums
+    stage = height.token * width + height.stage + height.narrow * max(0, _WIDE_ENOUGH - width)
+    others = _LAUNCH + height.round * (rounds - 1) + height.persistent * config.persistent + sums
+    return stages * stage * _time_of_full(programs / n_sms) / 1e3 + others
 
 
 @lru_cache(maxsize=4096)
-def many_tokens(m: int, n: int, k_tiles: int, n_sms: int, shared_bytes: int) -> TiledConfig | None:
-    """The configuration that is expected to be the fastest for a weight of 4 bits and so many tiles of K; None where K
-    is too short for any."""
+def many_tokens(
+    m: int, n: int, k_tiles: int, n_sms: int, shared_bytes: int, fields: int = 1
+) -> TiledConfig | None:  # fmt: skip
+    """The configuration that is expected to be the fastest for a weight of 4 bits and so many tiles of K, with so many
+    scales and zeros of a row in each; None where K is too short for any."""
     found: list[tuple[float, TiledConfig]] = []
     for width in _widths(m):
-        odd = _ODD_WIDTH ** sum(width % of > 0 for of in _NOT_A_MULTIPLE_OF)
-        for config in _of_width(width):
+        dearer = _ODD_WIDTH ** sum(width % of > 0 for of in _NOT_A_MULTIPLE_OF)
+        dearer *= _LITTLE_ROOM_WIDTH if width >= _LITTLE_ROOM else 1.0
+        for config in _of_width(width, fields):
             runs = config.within(k_tiles)  # of some K not unrolled or in pairs, and of a short one not persistent
             us = microseconds(runs, m, n, k_tiles, n_sms)
             if us is not None and runs.persistent == config.persistent and runs.program_bytes() <= shared_bytes:
-                found.append((us * odd, runs))
+                found.append((us * dearer, runs))
     return min(found, key=lambda item: item[0], default=(0.0, None))[1]

@@ -37,12 +37,14 @@ _FOR_STAGES_AND_Y: gl.constexpr = gl.constexpr(225 * 1024)
 _UNIT: gl.constexpr = gl.constexpr(1024)  # bytes that parts of shared memory are multiples of, for swizzled copies
 # columns more in a row of sums: the 8 rows of W and 4 pairs of tokens that a warp writes are in 32 banks
 _PAD: gl.constexpr = gl.constexpr(4)
+_WITH_COMMON_ROWS: gl.constexpr = gl.constexpr(192)  # rows of W
 
 
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. block_m: tokens, a power of two from 16 on or, of one slice and 16 rows of W a warp,
-    any multiple of 8 from 32 to 256 (`part_mma`); block_n: rows of W. split_k programs, 1, 2, 4 or 8, share the K of
+    any multiple of 8 from 32 to 256 (`part_mma`); block_n: rows of W, a power of two, or 192 (`common_rows`) of 8 warps
+    and programs that share nothing. split_k programs, 1, 2, 4 or 8, share the K of
     each tile that does not fill a wave of the machine; cluster: so many of them, side by side, add up through shared
     memory, where sums fit the stages (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`).
     sharers, 1 or 2: programs of so many tiles, neighbours in N, are one cluster and get x by one copy
@@ -100,7 +102,10 @@ class TiledConfig:
     def as_it_runs(self) -> TiledConfig:
         """The same without what has no effect: clusters whose sums do not fit, x shared or tiles unrolled without a
         producer, and unrolled ones where named barriers do not last for each warpgroup and stage; persistent ones
-        without room for y."""
+        without room for y; what 192 rows are not computed with."""
+        alone = replace(self, split_k=1, cluster=1, sharers=1, slices=1, warps=8)
+        if self.box_rows() < self.block_n and alone != self:
+            return alone.as_it_runs()
         unroll = self.unroll if self.producer and 1 <= self.stages * (self.warps // 4) <= _MAX_PASSED_ON else 1
         registers = self.registers if self.producer else 0
         fits = self.producer and self.leaving_tokens() >= _LEAST_LEAVING
@@ -108,6 +113,10 @@ class TiledConfig:
         if found.streams:
             found = replace(found, split_k=2)
         return replace(found, cluster=found.adders, sharers=found.shares_x, unroll=max(1, unroll), registers=registers)
+
+    def box_rows(self) -> int:
+        """Rows of W that one copy takes."""
+        return 64 if self.block_n == _WITH_COMMON_ROWS.value else self.block_n
 
     def leaving_tokens(self, bits: int = 4) -> int:
         """Tokens of y that leave at once."""
@@ -172,9 +181,34 @@ def ctas_of(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def common_rows(t):  # type: ignore[no-untyped-def]
+    """Rows of W that both warpgroups multiply, besides 64 of their own, each with half of the tokens: 192 rows would
+    be three warpgroups', and warps are a power of two."""
+    return 64 if t.block_n == _WITH_COMMON_ROWS.value else 0
+
+
+@gluon.constexpr_function
+def common_tokens(t):  # type: ignore[no-untyped-def]
+    """Tokens that a warpgroup multiplies common rows with: the first or the last so many, which may overlap."""
+    return -(-t.block_m // 16) * 8
+
+
+@gluon.constexpr_function
+def box_rows(t):  # type: ignore[no-untyped-def]
+    """Rows of W that one copy takes."""
+    return 64 if common_rows(t) else t.block_n
+
+
+@gluon.constexpr_function
+def out_rows(t):  # type: ignore[no-untyped-def]
+    """Rows of W that sums [rows, tokens] leave of at once: all, or the own or the common ones of both warpgroups."""
+    return t.block_n - common_rows(t)
+
+
+@gluon.constexpr_function
 def rows_of(t):  # type: ignore[no-untyped-def]
-    """Rows of the MMAs' sums: of W, once for each slice."""
-    return t.slices * t.block_n
+    """Rows of the MMAs' sums: of W, once for each slice, common ones for each warpgroup."""
+    return t.slices * (t.block_n + common_rows(t))
 
 
 @gluon.constexpr_function
@@ -185,8 +219,15 @@ def blocks_of(t):  # type: ignore[no-untyped-def]
 
 @gluon.constexpr_function
 def part_tokens(t):  # type: ignore[no-untyped-def]
-    """Tokens of a part: tensors have powers of two, so where BLOCK_M is none, sums are several tensors of so many."""
-    return t.block_m & -t.block_m
+    """Tokens of a part: tensors have powers of two, so where BLOCK_M is none, sums are several tensors of so many. With
+    common rows they leave with those of half of the tokens, so that they are no more."""
+    return min(t.block_m & -t.block_m, _LEAVING_TOGETHER.value if common_rows(t) else t.block_m)
+
+
+@gluon.constexpr_function
+def common_part(t):  # type: ignore[no-untyped-def]
+    """Tokens of a part of a warpgroup's sums of common rows."""
+    return min(common_tokens(t) & -common_tokens(t), _LEAVING_TOGETHER.value)
 
 
 @gluon.constexpr_function
@@ -198,7 +239,7 @@ def n_parts(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def first_copied(t):  # type: ignore[no-untyped-def]
     """Tokens of x in a copy, of the first of two where there are parts: Triton's copies are powers of two."""
-    return 1 << (t.block_m.bit_length() - 1)
+    return t.block_m if n_parts(t) == 1 else 1 << ((t.block_m - 1).bit_length() - 1)
 
 
 @gluon.constexpr_function
@@ -252,7 +293,7 @@ def mail_barrier_offset(t):  # type: ignore[no-untyped-def]
 @gluon.constexpr_function
 def token_bytes(t):  # type: ignore[no-untyped-def]
     """Of what a token leaves through: a row of y, or of sums [ROWS + _PAD], which slices add up."""
-    return 2 * t.block_n if t.slices == 1 else row_bytes(t)
+    return 2 * out_rows(t) if t.slices == 1 else row_bytes(t)
 
 
 @gluon.constexpr_function
@@ -266,11 +307,18 @@ def tokens_at_once(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def out_copies(t):  # type: ignore[no-untyped-def]
+    """How many times `tokens_at_once` leave, and of these, of all rows but the common ones."""
+    own = -(-t.block_m // tokens_at_once(t))
+    return own + (-(-common_tokens(t) // tokens_at_once(t)) if common_rows(t) else 0), own
+
+
+@gluon.constexpr_function
 def copies_at_once(t):  # type: ignore[no-untyped-def]
     """Of `tokens_at_once`, that there is room for."""
     tokens = tokens_at_once(t)
     room = (_FOR_STAGES_AND_Y.value - stages_bytes(t)) // (token_bytes(t) * tokens) if t.persistent else t.block_m
-    return max(1, min(-(-t.block_m // tokens), room))
+    return max(1, min(out_copies(t)[0], room))
 
 
 @gluon.constexpr_function
@@ -321,7 +369,7 @@ def _tokens_copied(config: TiledConfig) -> tuple[int, int]:
 @cache
 def _within(config: TiledConfig, tiles: int, bits: int) -> TiledConfig:
     runs = config.as_it_runs()
-    stages = -(-tiles // config.slices)
+    stages = -(-tiles // runs.slices)
     if stages < config.stages or config.leaving_tokens(bits) < _LEAST_LEAVING:
         runs = replace(config, persistent=False).as_it_runs()
     if runs.persistent and stages % (runs.adders * runs.unroll):

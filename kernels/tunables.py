@@ -180,7 +180,8 @@ def _tiled_splits(
 
 def _tiled_rule(m: int, weight: Any) -> w4a16_tiled.TiledConfig:
     device = weight.words.device
-    return w4a16_tiled.choose_config(m, weight.n, weight.k, n_sms(device), shared_bytes(device), weight.bits)
+    fields = weight.fields if weight.bits == 4 else 1
+    return w4a16_tiled.choose_config(m, weight.n, weight.k, n_sms(device), shared_bytes(device), weight.bits, fields)
 
 
 def _tiled_fits(weight: Any, config: w4a16_tiled.TiledConfig) -> bool:
@@ -274,10 +275,11 @@ def in_words(config: Mapping[str, Any]) -> str:
 def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Small weights [N, K] whose launches with M = m take every kernel of a configuration that larger ones do: of less
     than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of three quarters of a
-    round, which all programs share out, and of three eighths, which clusters do. K is whole lines of stages, or another
+    round, which all programs share out, and of three eighths, which clusters do; of whole tiles of N, and of tiles of
+    192 rows not. K is whole lines of stages, or another
     kernel would run; in the larger weights where those are no more than 4096. A group of a whole row keeps K, which is
     a constant of the code then."""
-    less, rows = min(k, 1024), (512, 2 * config.block_n * n_sms + 512)
+    less, rows = min(k, 1024), (4 * config.block_n, 2 * config.block_n * n_sms + 512)
     tiled = isinstance(config, w4a16_tiled.TiledConfig)
     if scheme.group is None:
         less = k

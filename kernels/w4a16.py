@@ -65,6 +65,11 @@ class KernelWeight:
     group_size: int
     bits: ClassVar[int] = 4
 
+    @property
+    def fields(self) -> int:
+        """Scales and zeros of a row and a tile of K."""
+        return max(1, TILE_K.value // self.group_size) * (1 if self.zero is None else 2)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -255,7 +260,8 @@ def configuration(x: Tensor, weight: KernelWeight) -> Any:
         return tiled
     if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
         return w4a16_decode.choose_config(m, n, k)
-    return w4a16_tiled.choose_config(m, n, k, common.n_sms(x.device), common.shared_bytes(x.device))
+    sms, shared = common.n_sms(x.device), common.shared_bytes(x.device)
+    return w4a16_tiled.choose_config(m, n, k, sms, shared, fields=weight.fields)
 
 
 def _launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: Config) -> Tensor:

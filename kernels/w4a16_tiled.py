@@ -165,19 +165,21 @@ def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
 
 
 @lru_cache(maxsize=4096)
-def choose_config(m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4) -> TiledConfig:
-    """Tiles without a table; pure. Above 128 tokens by `tile_rule`, with 8 bits persistent programs that share out what
-    fills no round. Up to there one program to each multiprocessor where that fills them; else the widest
-    tile of tokens that M fills, and K split over what would stay idle, in clusters where these leave a fifth of the
-    places free: a cluster of more than two waits for them side by side. Measured on an H100 by
-    `compress.kernels.tune` (NOTES.md)."""
+def choose_config(
+    m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4, fields: int = 1
+) -> TiledConfig:  # fmt: skip
+    """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Above 128 tokens by
+    `tile_rule`, with 8 bits persistent programs that share out what fills no round. Up to there one program to each
+    multiprocessor where that fills them; else the widest tile of tokens that M fills, and K split over what would stay
+    idle, in clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by
+    side. Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
     tiles = -(-k // 128)
     alone = _one_to_each(m, n, tiles, n_sms)
     if alone is not None and alone.program_bytes(bits) <= shared_bytes:
         return alone
     if m > MANY_TOKENS:
         if bits == 4:
-            found = many_tokens(m, n, tiles, n_sms, shared_bytes)
+            found = many_tokens(m, n, tiles, n_sms, shared_bytes, fields)
         else:  # four stages of 8 bits would be all that a multiprocessor has
             found = TiledConfig(128, 128, 2, 8, 3, 2, producer=True, unroll=2, persistent=True).within(tiles, bits)
             found = found if found.persistent else None
@@ -241,13 +243,13 @@ def _launch_tiles(
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [first, 64], wide)
     x_piece_desc = TensorDescriptor(x, [m, k], [k, 1], [last, 64], wide)
     rows = tiles * n * bits // 8  # of 128 bytes
-    words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.block_n * bits // 8, 64], wide)
+    words_desc = TensorDescriptor(weight.words, [rows, 64], [64, 1], [config.box_rows() * bits // 8, 64], wide)
     tile = Tile.of(
         config, bits=bits, dtype=gl.float16 if x.dtype is torch.float16 else gl.bfloat16, group=weight.group_size,
         has_zero=weight.zero is not None, has_bias=bias is not None, even_n=n % config.block_n == 0, pdl=pdl,
         before_tail=before_tail, is_tail=is_tail,
     )  # fmt: skip
-    out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.leaving_tokens(bits), config.block_n], wide)
+    out_desc = TensorDescriptor(y, [m, n], [n, 1], [config.leaving_tokens(bits), config.box_rows()], wide)
     if config.producer:
         launch_producer(
             x_desc, x_piece_desc, words_desc, out_desc, y, weight, bias, workspace, m, first_tile, n_tiles, config, tile

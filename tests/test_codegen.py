@@ -24,6 +24,7 @@ ptxas info    : Function properties for _producer_kernel
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 168 registers, used 5 barriers, 8 bytes cumulative stack size
 """
+NO_REGISTERS = "insufficient register resources for the function "  # C7512
 CLEAN = SERIALIZED[SERIALIZED.index("ptxas info    : 0 bytes") :].replace(
     "4 bytes spill stores", "0 bytes spill stores"
 )
@@ -104,6 +105,8 @@ def test_reports_of_ptxas() -> None:
         "f", 168, 4, 1024, 8,
         "non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage",
     )  # fmt: skip
+    short = SERIALIZED.replace(SERIALIZED[SERIALIZED.index("non wgmma") : SERIALIZED.index("'_prod")], NO_REGISTERS)
+    assert codegen.read_report(short, "f", 1024, 8).serialized == "insufficient register resources"
     assert codegen.read_report(CLEAN, "f", 1024, 8) == codegen.Code("f", 168, 0, 1024, 8, None)
 
 

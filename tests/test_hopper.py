@@ -154,6 +154,12 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(168, 64, 1, 4, 3, 1, True), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
     (TiledConfig(40, 128, 8, 8, 3, 8, True), "bf16", 128, True, True, DECODE_N, DECODE_K, (30, 100)),
     (TiledConfig(240, 128, 1, 8, 3, 1, False), "fp16", 32, False, True, DECODE_N, (640, 2048), (240, 300)),
+    # 192 rows, 64 of which are both warpgroups'
+    (TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (19272,), (512, 1024), (300,)),
+    (TiledConfig(152, 192, 1, 8, 3, 1, True, 1, 2), "fp16", None, False, True, DECODE_N, (1024,), (140, 300)),
+    (TiledConfig(200, 192, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "bf16", 64, True, False, (1000, 6144), (1152,), (600,)),
+    (TiledConfig(88, 192, 1, 8, 4, 1, True, 1, 2), "bf16", 32, False, True, DECODE_N, (640, 1024), (80, 150)),
+    (TiledConfig(64, 192, 1, 8, 4), "fp16", 64, True, True, DECODE_N, DECODE_K, (30, 100)),
     # clusters that share out a tile, and a kernel that adds up theirs
     (TiledConfig(64, 128, 8, 4, 4, 2, True), "fp16", 128, True, True, DECODE_N, DECODE_K, (13, 100)),
     (TiledConfig(16, 128, 8, 4, 3, 4), "bf16", 64, False, True, DECODE_N, DECODE_K, (13, 30)),

@@ -48,6 +48,13 @@ from compress.kernels.w4a16_producer import places
         (TiledConfig(152, 128, 1, 8, 4, 1, True, 1, 2), 1, 4 * 46 + 1),  # words 8 KiB and x 152 x 256 a stage
         (TiledConfig(192, 128, 1, 8, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 56 + 3 * 16 + 1),  # y of 3 x 64 tokens
         (TiledConfig(200, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), 2, 3 * 58 + 6 * 8 + 1),  # and of 6 x 32
+        (TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2), 1, 3 * 48 + 1),  # words of 256 rows, 64 of them twice
+        (TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True), 1, 3 * 48 + 6 * 8 + 1),  # y of 4 and 2 x 32 tokens
+        (
+            TiledConfig(192, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True),
+            1,
+            3 * 64 + 4 * 8 + 1,
+        ),  # of 9 four
     ],
     ids=str,
 )
@@ -74,6 +81,37 @@ def test_parts_and_copies_of_a_tile(tokens: int) -> None:
         assert at_once % part == 0 and at_once <= tokens <= at_once * int(tile_shape.copies_at_once(tile))
 
 
+@pytest.mark.parametrize("tokens", range(64, 201, 8))
+def test_common_rows_of_192(tokens: int) -> None:
+    """Oracles: powers of two; a warpgroup multiplies a half of the tokens, rounded up to 8, from an 8-row swizzle's
+    begin; what leaves is whole parts of both, and covers them; 192 of 256 rows of words are different ones."""
+    config = TiledConfig(tokens, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True)
+    tile = tile_shape.Tile.of(config)
+    half, at_once = int(tile_shape.common_tokens(tile)), int(tile_shape.tokens_at_once(tile))
+    part, common_part = int(tile_shape.part_tokens(tile)), int(tile_shape.common_part(tile))
+    copies, own = tile_shape.out_copies(tile)
+    assert tokens <= 2 * half < tokens + 16 and half % 8 == (tokens - half) % 8 == 0
+    assert all(n & (n - 1) == 0 for n in (part, common_part, at_once)) and at_once == 32
+    assert tokens % part == half % common_part == at_once % part == at_once % common_part == 0
+    assert own * at_once >= tokens > (own - 1) * at_once
+    assert (copies - own) * at_once >= half > (copies - own - 1) * at_once
+    assert (int(tile_shape.rows_of(tile)), int(tile_shape.out_rows(tile)), config.box_rows()) == (256, 128, 64)
+    first, last = config.tokens_copied()
+    assert first + last >= tokens > max(first, last) and (tokens - last) % part == (tokens - last) % 8 == 0
+
+
+def test_192_rows_are_shared_by_nobody() -> None:
+    """Oracle: by hand."""
+    config = TiledConfig(128, 192, 4, 16, 3, 2, True, 2, 2, 2, 0, True)
+    assert config.as_it_runs() == TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True)
+    assert config.within(2) == TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2)  # less than the stages
+    assert config.within(33).unroll == 1
+
+
+def _split(constraints: Any) -> list[str]:
+    return str(constraints).split(",")
+
+
 @pytest.mark.parametrize("tokens", [40, 96, 152, 160, 192, 240])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_the_instruction_of_any_number_of_tokens(tokens: int, dtype: str) -> None:
@@ -82,14 +120,14 @@ def test_the_instruction_of_any_number_of_tokens(tokens: int, dtype: str) -> Non
     kind = gl.float16 if dtype == "fp16" else gl.bfloat16
     tile = tile_shape.Tile.of(TiledConfig(tokens, 128, 1, 8, 3, 1, True, 1, 2), dtype=kind)
     sums, part = tokens // 2, int(tile_shape.part_tokens(tile))
-    asm, constraints = str(part_mma._multiply_asm(tile)), str(part_mma._multiply_constraints(tile)).split(",")
+    asm, constraints = str(part_mma._multiply_asm(tile, tokens)), _split(part_mma._multiply_constraints(tokens, part))
     assert constraints == ["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * (16 + part // 2)
     found = re.findall(rf"m64n{tokens}k16\.f32\.(b?f16)\.\1 {{(.*?)}}, {{(.*?)}}, d, p, 1, 1, 0;", asm)
     assert [name for name, _, _ in found] == [dtype.replace("fp", "f")] * 4
     assert all(re.findall(r"\d+", into) == [str(i) for i in range(sums)] for _, into, _ in found)
     left = [int(i) for _, _, operand in found for i in re.findall(r"\d+", operand)]
     assert left == list(range(2 * sums, 2 * sums + 16)) and f"add.u32 a, a, ${2 * sums + 16};" in asm
-    waiting = str(part_mma._wait_constraints(tile, 2)).split(",")
+    waiting = _split(part_mma._wait_constraints(tokens, 2))
     assert waiting == ["=f"] * sums + ["=r"] * 32 + [str(i) for i in range(sums + 32)]
 
 
