@@ -8,6 +8,13 @@ go on meanwhile has to stand between them, so their groups are small:
     four groups    the same of each of two blocks of rows, where a warp has two; while one is issued, the operand of the
                    next is dequantized
 
+Of 192 rows the second block of both warpgroups is the same 64, each with half of the tokens; so it is in the stage
+twice:
+
+    rows of W    | 0 .. 63, all tokens      | 64 .. 127, all tokens    |
+                 | 128 .. 191, first half   | 128 .. 191, last half    |
+    warps        | 0 .. 3                   | 4 .. 7                   |
+
 A `wgmma` reads its registers while it runs, and nobody but the wait for it knows: not ptxas, which gives them to others
 once it has been issued. An operand is therefore handed on to the wait that means its group.
 

@@ -9,7 +9,7 @@ rows, alone, halved in clusters or in rounds, and of 192 rows (`tile_shape.commo
     sums      of what two or all programs share out (`streamed_sums`), longer the wider the tile
 
 Its numbers are a fit to 409 times at 88 pairs of a shape and an M from 96 to 1024 on an H100 (NOTES.md), 4 % from them,
-and for 192 rows to 125 at 61 pairs, 3 %. What it takes of 128 rows was 0.3 % slower than the fastest of those timed on
+and for 192 rows to 125 at 61 pairs, 4 %. What it takes of 128 rows was 0.3 % slower than the fastest of those timed on
 average, and 5 % at most.
 """
 

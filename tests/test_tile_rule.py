@@ -20,7 +20,7 @@ from compress.kernels.tile_rule import many_tokens, microseconds
 from compress.kernels.tile_shape import TiledConfig
 
 SHARED, SMS = 232448, 132  # of an H100: bytes a block may use, multiprocessors
-MEASURED = Path(__file__).parents[1] / "docs/measurements/h100-kernels/turns_widths.json"
+MEASURED = Path(__file__).parents[1] / "docs/measurements/h100-kernels"
 ALONE = TiledConfig(128, 128, 1, 8, 4, producer=True, unroll=2)
 
 
@@ -67,13 +67,16 @@ def test_k_of_a_few_tiles() -> None:
 
 
 def measured() -> list[tuple[int, int, int, TiledConfig, float]]:
-    """Times of the kernels as they are: tiles of parts by one MMA, those of 128 rows that share no x."""
+    """Times of the kernels as they are: tiles of parts by one MMA, of 128 and 192 rows, that share no x."""
+    runs = json.loads((MEASURED / "turns_widths.json").read_text())["runs"]
+    runs |= json.loads((MEASURED / "turns_common_rows.json").read_text())["runs"]
     rows = []
-    for name, run in json.loads(MEASURED.read_text())["runs"].items():
-        for n, k, m, variant, us in run if "one MMA" in name or "K = 14336" in name else []:
+    for name, run in runs.items():
+        for n, k, m, variant, us in run if any(of in name for of in ("one MMA", "K = 14336", "192 rows")) else []:
             if variant[0].isdigit():
                 config = TiledConfig(*map(int, variant.split(",")))
-                if config.block_n == 128 and config.sharers == 1 and config.split_k <= 2 and config.block_m <= 240:
+                alone = config.sharers == 1 and config.split_k <= 2 and config.unroll == 2
+                if config in tile_rule._of_width(config.block_m) and alone:
                     rows.append((n, k, m, config, us))
     return rows
 
