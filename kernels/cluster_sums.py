@@ -29,6 +29,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from compress.kernels.gluon_parts import instruction
+from compress.kernels.tile_layouts import sum_layout
 from compress.kernels.tile_shape import (
     mail_barrier_offset,
     mail_offset,
@@ -38,7 +39,6 @@ from compress.kernels.tile_shape import (
     row_bytes,
     share_bytes,
     stages_bytes,
-    sum_layout,
     token_bytes,
 )
 

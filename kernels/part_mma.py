@@ -18,7 +18,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from compress.kernels.gluon_parts import columns_part
-from compress.kernels.tile_shape import sums_layout
+from compress.kernels.tile_layouts import sums_layout
 
 
 @gluon.jit

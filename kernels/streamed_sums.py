@@ -34,15 +34,9 @@ from triton.experimental import gluon
 
 from compress.kernels.gluon_parts import cluster_rank
 from compress.kernels.stage_barriers import arrive_given, wait_given
+from compress.kernels.tile_layouts import mma_layout
 from compress.kernels.tile_parts import all_tiles
-from compress.kernels.tile_shape import (
-    blocks_of,
-    ctas_of,
-    mma_layout,
-    n_parts,
-    part_tokens,
-    rows_of,
-)
+from compress.kernels.tile_shape import blocks_of, ctas_of, n_parts, part_tokens, rows_of
 
 LEAST_STAGES = 4  # of a program: fewer would take longer to add up than to compute
 WORTH_STAGES = 7  # of a program, that it has to save: what adding up takes

@@ -12,19 +12,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from compress.kernels.cluster_sums import add_slices, attend_sums, depart, exchange, total_of, wait_for_sharers
 from compress.kernels.gluon_parts import columns_part
+from compress.kernels.tile_layouts import leaving_layout, mma_layout, sums_layout
 from compress.kernels.tile_shape import (
     box_rows,
     common_part,
     common_tokens,
     copies_at_once,
-    leaving_layout,
-    mma_layout,
     n_parts,
     out_copies,
     out_rows,
     part_tokens,
     stages_bytes,
-    sums_layout,
     token_bytes,
     tokens_at_once,
     x_offset,

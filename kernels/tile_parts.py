@@ -21,6 +21,7 @@ from compress.kernels.gluon_parts import (
     scale_group,
 )
 from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stages, ready_of
+from compress.kernels.tile_layouts import memory_layout, operand_layout, words_layout
 from compress.kernels.tile_shape import (
     GROUP_N,
     PIECE,
@@ -31,16 +32,13 @@ from compress.kernels.tile_shape import (
     first_copied,
     in_units,
     last_copied,
-    memory_layout,
     memory_units,
     n_parts,
-    operand_layout,
     out_offset,
     part_tokens,
     rows_of,
     stage_bytes,
     tiles_ahead,
-    words_layout,
     x_offset,
 )
 

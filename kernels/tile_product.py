@@ -49,6 +49,7 @@ from compress.kernels.gluon_parts import (
 )
 from compress.kernels.part_mma import multiply_parts, wait_for_parts
 from compress.kernels.stage_barriers import arrive_empty, wait_passed_on, wait_ready
+from compress.kernels.tile_layouts import mma_layout, operand_layout, sums_layout
 from compress.kernels.tile_parts import (
     copy_stage,
     load_columns,
@@ -63,12 +64,9 @@ from compress.kernels.tile_shape import (
     common_tokens,
     fields_per_tile,
     in_units,
-    mma_layout,
     n_parts,
-    operand_layout,
     part_tokens,
     rows_of,
-    sums_layout,
     tiles_ahead,
     x_offset,
 )

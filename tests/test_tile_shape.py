@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 from test_hopper import CASES
 
-from compress.kernels import dispatch, part_mma, table_file, tile_shape, tunables, w4a16_decode
+from compress.kernels import dispatch, part_mma, table_file, tile_layouts, tile_shape, tunables, w4a16_decode
 from compress.kernels.problem import Scheme
 from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_shape import TiledConfig
@@ -342,7 +342,7 @@ def test_a_decode_thread_holds_the_inputs_that_its_words_meet(warps: int, tokens
 def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -> None:
     """Oracle: PTX ISA, wgmma.m64nNk16: of 16 columns, lane 4 r + q of warp w holds 2 q, 2 q + 1 and those 8 further, of
     rows 16 w + r and 16 w + r + 8; here 32 words side by side, and 16 warps rows later the same again."""
-    layout = tile_shape.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1))
+    layout = tile_layouts.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1))
     holders = placement(layout)
     assert layout.shape == [rows // 2, 64] and set(holders) == elements(layout.shape)
     for (pair, column), (register, lane, warp) in holders.items():
@@ -355,7 +355,7 @@ def test_a_tiled_thread_holds_words_as_wgmma_reads_them(rows: int, warps: int) -
 @pytest.mark.parametrize(("rows", "warps"), [(64, 4), (128, 4), (128, 8)])
 def test_a_tiled_thread_holds_bytes_as_wgmma_reads_them(rows: int, warps: int) -> None:
     """Oracle: as above, of 64 words side by side."""
-    layout = tile_shape.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1, bits=8))
+    layout = tile_layouts.words_layout(tile_shape.Tile(64, rows, 3, warps, 1, 1, bits=8))
     holders = placement(layout)
     assert layout.shape == [rows, 64] and set(holders) == elements(layout.shape)
     for (row, word), (register, lane, warp) in holders.items():
