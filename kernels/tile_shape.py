@@ -43,8 +43,8 @@ _WITH_COMMON_ROWS: gl.constexpr = gl.constexpr(192)  # rows of W
 @dataclass(frozen=True)
 class TiledConfig:
     """Tile sizes of one launch. block_m: tokens, a power of two from 16 on or, of one slice and 16 rows of W a warp,
-    any multiple of 8 from 32 to 256 (`part_mma`); block_n: rows of W, a power of two, or 192 (`common_rows`) of 8 warps
-    and programs that share nothing. split_k programs, 1, 2, 4 or 8, share the K of
+    any multiple of 8 from 32 to 256 (`part_mma`); block_n: rows of W, a power of two, or 192 (`common_rows`), of 64
+    tokens and more, 8 warps, and programs that share nothing. split_k programs, 1, 2, 4 or 8, share the K of
     each tile that does not fill a wave of the machine; cluster: so many of them, side by side, add up through shared
     memory, where sums fit the stages (`cluster_sums`). producer: copies by a warp of their own (`w4a16_producer`).
     sharers, 1 or 2: programs of so many tiles, neighbours in N, are one cluster and get x by one copy
