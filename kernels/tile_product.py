@@ -160,14 +160,21 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
 @gluon.jit
 def _no_sums(T: gl.constexpr):  # type: ignore[no-untyped-def]
     """For MMAs to add to: [ROWS, tokens] of each part."""
-    ROWS: gl.constexpr = rows_of(T)
+    if n_parts(T) > 1:
+        accs = _no_sums_of(T.block_m, part_tokens(T), T)
+    else:
+        ROWS: gl.constexpr = rows_of(T)
+        accs = (warpgroup_mma_init(gl.zeros((ROWS, part_tokens(T)), gl.float32, mma_layout(T))),)
+    return accs
+
+
+@gluon.jit
+def _no_sums_of(TOKENS: gl.constexpr, PART: gl.constexpr, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """[rows, PART] of each part of TOKENS, of 16 rows a warp."""
+    ROWS: gl.constexpr = 16 * T.warps
     accs = ()
-    for _ in gl.static_range(n_parts(T)):
-        acc = gl.zeros((ROWS, part_tokens(T)), gl.float32, mma_layout(T))
-        if n_parts(T) > 1:
-            accs = accs + (acc,)
-        else:
-            accs = accs + (warpgroup_mma_init(acc),)
+    for _ in gl.static_range(TOKENS // PART):
+        accs = accs + (gl.zeros((ROWS, PART), gl.float32, sums_layout(T, PART)),)
     return accs
 
 
@@ -353,12 +360,8 @@ def _with_common_rows(  # type: ignore[no-untyped-def]
     COMMON_PART: gl.constexpr = common_part(T)
     UNROLL: gl.constexpr = T.unroll
     later = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-    own = ()
-    for _ in gl.static_range(T.block_m // PART):
-        own = own + (gl.zeros((2 * 64, PART), gl.float32, sums_layout(T, PART)),)
-    common = ()
-    for _ in gl.static_range(COMMON // COMMON_PART):
-        common = common + (gl.zeros((2 * 64, COMMON_PART), gl.float32, sums_layout(T, COMMON_PART)),)
+    own = _no_sums_of(T.block_m, PART, T)
+    common = _no_sums_of(COMMON, COMMON_PART, T)
     last_but_one = gl.zeros((2 * 64, 64), T.dtype, operand_layout(T))
     before = last_but_one
     for first_of_run in range(first, last, UNROLL):

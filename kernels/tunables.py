@@ -276,9 +276,8 @@ def specimens(config: Any, scheme: Scheme, k: int, n_sms: int, m: int) -> tuple[
     """Small weights [N, K] whose launches with M = m take every kernel of a configuration that larger ones do: of less
     than a wave of programs, and of more, whose rest some kernels treat in a way of their own; or of three quarters of a
     round, which all programs share out, and of three eighths, which clusters do; of whole tiles of N, and of tiles of
-    192 rows not. K is whole lines of stages, or another
-    kernel would run; in the larger weights where those are no more than 4096. A group of a whole row keeps K, which is
-    a constant of the code then."""
+    192 rows not. K is whole lines of stages, or another kernel would run; in the larger weights where those are no more
+    than 4096. A group of a whole row keeps K, which is a constant of the code then."""
     less, rows = min(k, 1024), (4 * config.block_n, 2 * config.block_n * n_sms + 512)
     tiled = isinstance(config, w4a16_tiled.TiledConfig)
     if scheme.group is None:

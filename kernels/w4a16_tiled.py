@@ -2,8 +2,8 @@
 
 The same layout as `w4a16`. A program computes a tile of y^T, BLOCK_N rows of W (64 or 128 a warpgroup) by BLOCK_M
 tokens, a power of two or any multiple of 8 (`part_mma`), or 192 rows, 64 of which are both of two warpgroups'
-(`tile_product`). With BITS = 8 the layout is that of `wna16_layout`: [BLOCK_N,
-64] words, a byte of each half of a tile of K; 8 bits are computed here from M = 1 on.
+(`tile_product`). With BITS = 8 the layout is that of `wna16_layout`: [BLOCK_N, 64] words, a byte of each half of a tile
+of K; 8 bits are computed here from M = 1 on.
 
     words [BLOCK_N, 32] --bulk copy--> shared --ldmatrix--> registers --lop3, add, mul--> left operand  \\
                                                                                            wgmma += [BLOCK_N, BLOCK_M]

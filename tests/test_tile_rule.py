@@ -75,8 +75,10 @@ def measured() -> list[tuple[int, int, int, TiledConfig, float]]:
         for n, k, m, variant, us in run if any(of in name for of in ("one MMA", "K = 14336", "192 rows")) else []:
             if variant[0].isdigit():
                 config = TiledConfig(*map(int, variant.split(",")))
-                alone = config.sharers == 1 and config.split_k <= 2 and config.unroll == 2
-                if config in tile_rule._of_width(config.block_m) and alone:
+                known = (
+                    config in tile_rule._of_width(config.block_m) if config.block_n == 192 else config.block_n == 128
+                )
+                if known and config.sharers == 1 and config.split_k <= 2 and config.block_m <= 240:
                     rows.append((n, k, m, config, us))
     return rows
 
