@@ -24,7 +24,6 @@ from compress.kernels.stage_barriers import announce, copy_to_sharers, open_stag
 from compress.kernels.tile_layouts import memory_layout, operand_layout, words_layout
 from compress.kernels.tile_shape import (
     GROUP_N,
-    PIECE,
     blocks_of,
     box_rows,
     common_rows,
@@ -36,6 +35,7 @@ from compress.kernels.tile_shape import (
     n_parts,
     out_offset,
     part_tokens,
+    piece_tokens,
     rows_of,
     stage_bytes,
     tiles_ahead,
@@ -61,7 +61,7 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
                      "tokens are a power of two, or of programs of one slice and 16 rows a warp")  # fmt: skip
     gl.static_assert(common_rows(T) == 0 or (T.warps == 8 and T.split == 1 and not T.streams and T.block_m >= 64),
                      "common rows are of two warpgroups that share nothing out, from 64 tokens on")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and T.block_m >= 2 * PIECE and T.block_m <= 256),
+    gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and 32 <= T.block_m and T.block_m <= 256),
                      "tokens are a power of two, or a multiple of 8 from 32 to 256")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))
@@ -174,6 +174,7 @@ def copy_stage(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, t
     again."""
     SLICES: gl.constexpr = T.slices
     FIRST_TOKENS: gl.constexpr = first_copied(T)
+    PIECE: gl.constexpr = piece_tokens(T)
     LAST_TOKENS: gl.constexpr = last_copied(T)
     ready = ready_of(barriers, stage, T)
     tokens = gl.minimum(M - m0, T.block_m)

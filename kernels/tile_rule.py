@@ -75,7 +75,7 @@ def _of_width(width: int, fields: int = 1) -> Iterator[TiledConfig]:
             yield replace(rounds, split_k=2)
 
 
-def _time_of_full(busy: float) -> float:
+def time_of_full(busy: float) -> float:
     """Time of a stage where that part of the multiprocessors has one, of that where all have: fewer clock higher."""
     return min(1.0, max(0.765, 0.77 + 0.44 * (busy - 0.45)))
 
@@ -100,7 +100,7 @@ def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) 
         stages, sums = -(-k_tiles // config.split_k), _HALVED_TOKEN * width * (config.split_k - 1)
     stage = height.token * width + height.stage + height.narrow * max(0, _WIDE_ENOUGH - width)
     others = _LAUNCH + height.round * (rounds - 1) + height.persistent * config.persistent + sums
-    return stages * stage * _time_of_full(programs / n_sms) / 1e3 + others
+    return stages * stage * time_of_full(programs / n_sms) / 1e3 + others
 
 
 @lru_cache(maxsize=4096)

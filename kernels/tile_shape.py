@@ -27,7 +27,6 @@ from triton.experimental import gluon
 from compress.kernels.gluon_parts import fields_of, parts_of
 
 GROUP_N = 8
-PIECE: gl.constexpr = gl.constexpr(16)  # tokens that x is copied in where M does not fill a tile
 _HANDED_BYTES = 256  # of a program at most, which Triton hands to its partitions through shared memory
 _LEAST_LEAVING = 16  # tokens of y at once
 _LEAVING_TOGETHER: gl.constexpr = gl.constexpr(32)  # tokens of small parts
@@ -243,10 +242,17 @@ def first_copied(t):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
+def piece_tokens(t):  # type: ignore[no-untyped-def]
+    """Tokens that x is copied in where M does not fill a tile: few, because missing ones are filled with zeros at some
+    nine cycles a row, and so many that copies are not."""
+    return 8 if 16 < t.block_m <= 64 else 16
+
+
+@gluon.constexpr_function
 def last_copied(t):  # type: ignore[no-untyped-def]
     """Tokens of the second copy of x, which ends with the tile; without parts those of a piece."""
     left = t.block_m - first_copied(t)
-    return 1 << (left - 1).bit_length() if left else PIECE.value
+    return 1 << (left - 1).bit_length() if left else piece_tokens(t)
 
 
 @gluon.constexpr_function

@@ -256,11 +256,11 @@ def configuration(x: Tensor, weight: KernelWeight) -> Any:
     if decode is not None and m <= decode.block_m and k % TILE_K.value == 0:
         return decode
     tiled = dispatch.as_config(choice, "w4a16_tiled", w4a16_tiled.TiledConfig)
-    if tiled is not None and w4a16_tiled.suits(tiled, m, n, common.n_sms(x.device)):
+    if tiled is not None and w4a16_tiled.suits(tiled, m):
         return tiled
-    if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
-        return w4a16_decode.choose_config(m, n, k)
     sms, shared = common.n_sms(x.device), common.shared_bytes(x.device)
+    if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
+        return w4a16_decode.choose_config(m, n, sms)
     return w4a16_tiled.choose_config(m, n, k, sms, shared, fields=weight.fields)
 
 

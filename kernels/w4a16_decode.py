@@ -32,8 +32,10 @@ compute capability 9.0, K a multiple of 128 and N of 8 (16 for silu).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -44,6 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compress.errors import ConfigError
+from compress.kernels import common
 from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.decode_reference import Around, Stream
 from compress.kernels.gluon_parts import (
@@ -319,14 +322,39 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         gl.store(out_ptr + at, y.to(dtype), mask=mask)
 
 
-def choose_config(m: int, n: int, k: int) -> DecodeConfig:
-    """Tiles without a table, up to 16 tokens; pure. Narrow tiles while they are few, and eight warps to share K where
-    it is long or N is small. Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
+# by how many rows of W a multiprocessor has places for, few first
+_ONE_WAVE = (
+    DecodeConfig(8, 16, 8, 3, registers=168),
+    DecodeConfig(8, 16, 8, 2),
+    DecodeConfig(8, 16, 4, 4, registers=136),
+    DecodeConfig(8, 16, 4, 2),
+    DecodeConfig(8, 16, 4, 2, registers=96),
+    DecodeConfig(8, 16, 4, 2, registers=80),
+    DecodeConfig(8, 32, 4, 2),
+    DecodeConfig(8, 32, 4, 1, 2, 96),
+    DecodeConfig(8, 32, 4, 1, 2, 80),
+)
+_SEVERAL_WAVES = (DecodeConfig(8, 32, 4, 2), DecodeConfig(8, 32, 4, 1, 2, 96))
+_HARDLY_MORE_THAN_ONE = 4 / 3  # programs a multiprocessor, which then take words further ahead
+
+
+def waves(config: DecodeConfig, n: int, n_sms: int) -> float:
+    """How many times the programs of N rows fill all places of the machine, which registers leave."""
+    return -(-n // config.block_n) / (n_sms * (65536 // (32 * config.warps * config.registers)))
+
+
+@lru_cache(maxsize=4096)
+def choose_config(m: int, n: int, n_sms: int) -> DecodeConfig:
+    """Tiles without a table, up to 16 tokens; pure. All programs at once, by as few and as large ones as that takes:
+    one wave of places of which a third is empty is a third slower. Where no configuration has so many places, the one
+    whose last wave is the fullest. Measured on an H100 at 30 shapes (NOTES.md), where K made no difference."""
     if m > 8:
         return DecodeConfig(16, 32, 4, 3, registers=255)
-    if n > 12288:
-        return DecodeConfig(8, 32, 4, 2)
-    return DecodeConfig(8, 16, 8, 2) if k > 8192 or n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=136)
+    for config in _ONE_WAVE:
+        if waves(config, n, n_sms) <= 1:
+            far = config == _ONE_WAVE[1] and -(-n // config.block_n) <= _HARDLY_MORE_THAN_ONE * n_sms
+            return replace(config, words=2) if far else config
+    return max(_SEVERAL_WAVES, key=lambda c: waves(c, n, n_sms) / math.ceil(waves(c, n, n_sms)))
 
 
 def launch(x: Tensor, weight: KernelWeight, bias: Tensor | None, config: DecodeConfig, pdl: bool = True) -> Tensor:
@@ -352,7 +380,7 @@ def linear_around(
     N, K; for others `config_between_others`.
     """
     m, n = x.shape[0], weight.n
-    config = (configs or {}).get((n, weight.k)) or config_between_others(n, weight.k)
+    config = (configs or {}).get((n, weight.k)) or config_between_others(n, weight.k, common.n_sms(x.device))
     y = torch.empty(m, n // 2 if around.silu else n, dtype=x.dtype, device=x.device)
     if around.residual is None:
         _run(x, weight, bias, config, pdl, around, y, None, None)
@@ -363,15 +391,17 @@ def linear_around(
     return Stream(y, normed, sums)
 
 
-def config_between_others(n: int, k: int) -> DecodeConfig:
+def config_between_others(n: int, k: int, n_sms: int) -> DecodeConfig:
     """What a product among others takes, up to RULE_MAX_TOKENS tokens, where tables say what is fastest behind itself;
     pure. Measured on an H100 within a decode step (NOTES.md): few and large programs leave room for those of the next
-    product, whose words then come early."""
+    product, whose words then come early. So where these have places for all of them at once."""
     if n >= 8192:
         return DecodeConfig(8, 32, 4, 2)
     if k > 8192:
-        return DecodeConfig(8, 32, 8, 2, registers=168)
-    return DecodeConfig(8, 16, 8, 2) if n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=168)
+        found = DecodeConfig(8, 32, 8, 2, registers=168)
+    else:
+        found = DecodeConfig(8, 16, 8, 2) if n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=168)
+    return found if waves(found, n, n_sms) <= 1 else choose_config(1, n, n_sms)
 
 
 def takes(weight: KernelWeight) -> bool:

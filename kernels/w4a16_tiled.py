@@ -54,6 +54,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compress.kernels.batch_rule import MOST_TOKENS, batch_tokens, tokens_of_tile
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.dispatch import MANY_TOKENS
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
@@ -138,57 +139,40 @@ def slots(config: TiledConfig, n_sms: int, shared_bytes: int, bits: int = 4) -> 
 
 
 _MOST_MISSING = 1 / 16  # of the tokens
-_LEAST_BUSY = 0.6  # of the multiprocessors, in the waves of programs that take one each
 
 
-def suits(config: TiledConfig, m: int, n: int, n_sms: int) -> bool:
-    """Whether a configuration, of another M and N maybe, is for this one: where there are many tokens, power is too
-    dear to compute many that M does not have; one of slices has one program to each multiprocessor, and a few programs
-    more than those are another wave."""
-    if m > MANY_TOKENS and -m % config.block_m > m * _MOST_MISSING:
-        return False
-    programs = -(-n // config.block_n) * -(-m // config.block_m) * config.split_k
-    waves = -(-programs // n_sms)
-    return config.slices == 1 or config.persistent or waves == 1 or programs >= _LEAST_BUSY * waves * n_sms
-
-
-def _one_to_each(m: int, n: int, tiles: int, n_sms: int) -> TiledConfig | None:
-    """Of few tokens and tiles: one program a multiprocessor, of two slices, K split in two or not; None where that
-    leaves more than two multiprocessors of five idle. Smaller programs that fit twice or three times are not spread
-    evenly: some multiprocessors get three, others one."""
-    programs = -(-n // 64)
-    split = next((s for s in (2, 1) if _LEAST_BUSY * n_sms <= s * programs <= n_sms), None)
-    if m > 64 or split is None or tiles < 8 * split:
-        return None
-    block_m = max(16, 1 << (m - 1).bit_length())
-    unroll = next((u for u in (4, 2) if -(-tiles // 2) % (split * u) == 0), 1)
-    return TiledConfig(block_m, 64, split, 8, 4, cluster=split, producer=True, unroll=unroll, slices=2)
+def suits(config: TiledConfig, m: int) -> bool:
+    """Whether a configuration, of another M maybe, is for this one: where there are many tokens, it is too dear to
+    compute many that M does not have."""
+    return m <= MANY_TOKENS or -m % config.block_m <= m * _MOST_MISSING
 
 
 @lru_cache(maxsize=4096)
 def choose_config(
     m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4, fields: int = 1
 ) -> TiledConfig:  # fmt: skip
-    """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Above 128 tokens by
-    `tile_rule`, with 8 bits persistent programs that share out what fills no round. Up to there one program to each
-    multiprocessor where that fills them; else the widest tile of tokens that M fills, and K split over what would stay
-    idle, in clusters where these leave a fifth of the places free: a cluster of more than two waits for them side by
-    side. Measured on an H100 by `compress.kernels.tune` (NOTES.md)."""
-    tiles = -(-k // 128)
-    alone = _one_to_each(m, n, tiles, n_sms)
-    if alone is not None and alone.program_bytes(bits) <= shared_bytes:
-        return alone
-    if m > MANY_TOKENS:
-        if bits == 4:
-            found = many_tokens(m, n, tiles, n_sms, shared_bytes, fields)
-        else:  # four stages of 8 bits would be all that a multiprocessor has
-            found = TiledConfig(128, 128, 2, 8, 3, 2, producer=True, unroll=2, persistent=True).within(tiles, bits)
-            found = found if found.persistent else None
-        return found or TiledConfig(128, 128, 1, 8, 3, producer=True)
-    block_m = max(16, 1 << (m - 1).bit_length())
-    block_n, warps = (64 if n <= 8192 and m > 16 else 128), 4
-    config = TiledConfig(block_m, block_n, 1, warps, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
-    at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n) * -(-m // block_m)
+    """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Up to 128 tokens by
+    `batch_rule`, above by `tile_rule`; with 8 bits there persistent programs that share out what fills no round. Where
+    those have none the widest tile of tokens that M fills, and K split over what would stay idle, in clusters where
+    these leave a fifth of the places free: a cluster of more than two waits for them side by side. Measured on an H100
+    by `compress.kernels.tune` (NOTES.md)."""
+    tiles, found = -(-k // 128), None
+    if m <= MOST_TOKENS:
+        found = batch_tokens(m, n, tiles, n_sms, shared_bytes, bits)
+        return found or _split_where_idle(m, n, tiles, n_sms, shared_bytes, bits)
+    if bits == 4:
+        found = many_tokens(m, n, tiles, n_sms, shared_bytes, fields)
+    else:  # four stages of 8 bits would be all that a multiprocessor has
+        found = TiledConfig(128, 128, 2, 8, 3, 2, producer=True, unroll=2, persistent=True).within(tiles, bits)
+        found = found if found.persistent else None
+    return found or TiledConfig(128, 128, 1, 8, 3, producer=True)
+
+
+def _split_where_idle(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits: int) -> TiledConfig:
+    block_n = 64 if n <= 8192 else 128
+    block_m = tokens_of_tile(m) if block_n == 64 and bits == 4 else max(16, 1 << (m - 1).bit_length())
+    config = TiledConfig(block_m, block_n, 1, 4, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
+    at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n)
     rest = programs % at_once
     split = min(8 if m <= 64 else 2, at_once // rest, tiles // 4) if rest else 1
     split = 1 << (max(split, 1).bit_length() - 1)

@@ -174,7 +174,7 @@ def configuration(x: Tensor, weight: PackedWeight) -> Any:
         from compress.kernels import w4a16_tiled
 
         tiled = dispatch.as_config(choice, "w8a16_tiled", w4a16_tiled.TiledConfig)
-        if tiled is not None and w4a16_tiled.suits(tiled, m, n, sms):
+        if tiled is not None and w4a16_tiled.suits(tiled, m):
             return tiled
         return w4a16_tiled.choose_config(m, n, k, sms, shared, weight.bits)
     return dispatch.as_config(choice, "wna16", Config) or choose_config(weight, m, sms, shared)

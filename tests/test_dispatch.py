@@ -33,9 +33,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_buckets_are_the_next_power_of_two_or_half_way_there() -> None:
-    """Oracle: the smallest not below m of the powers of two, and of those half-way from 128 on, found by counting; 4096
+    """Oracle: the smallest not below m of the powers of two, and of those half-way from 64 on, found by counting; 4096
     from there on."""
-    buckets = sorted({2**i for i in range(13)} | {192, 384, 768, 1536, 3072})
+    buckets = sorted({2**i for i in range(13)} | {96, 192, 384, 768, 1536, 3072})
     for m in [*range(1, 400), 511, 512, 513, 768, 769, 3072, 3073, 4095, 4096, 4097, 100_000]:
         assert m_bucket(m) == next(b for b in buckets if b >= min(m, 4096)), m
     assert m_bucket(0) == 1
@@ -102,14 +102,16 @@ def test_a_neighbour_is_taken_only_if_its_kernel_takes_the_shape() -> None:
     assert nearest(key(n=4352, k=4096 + 64), table)[1].us == 2
 
 
-def test_many_tokens_want_the_very_shape_of_kernels_that_fill_the_machine() -> None:
-    """Oracle: the docstring: a neighbour's entry at 128 tokens, not above, nor that of another scheme or bucket;
-    another dtype's and its own at both, and another kernel's."""
-    for kernel, above in (("w4a16_tiled", False), ("w8a16_tiled", False), ("w8a8", True)):
-        table = {key(m=m): Entry(Choice(kernel, {}), 1.0) for m in (128, 1024)}
-        for other in ({"n": 4352}, {"scheme": "w4g32 sym"}):
-            assert nearest(key(**other, m=128), table) and bool(nearest(key(**other, m=1024), table)) == above
-        assert bool(nearest(key(m=768), table)) == above
+def test_kernels_that_fill_the_machine_answer_for_the_very_shape() -> None:
+    """Oracle: the docstring: no neighbour's entry at any M; with more than 64 tokens none of another scheme or bucket
+    either; another dtype's and its own; and another kernel's."""
+    for kernel, others in (("w4a16_decode", False), ("w4a16_tiled", False), ("w8a16_tiled", False), ("w8a8", True)):
+        table = {key(m=m): Entry(Choice(kernel, {}), 1.0) for m in (64, 128, 1024)}
+        for m in (33, 128, 1024):
+            assert bool(nearest(key(n=4352, m=m), table)) == others
+        assert nearest(key(scheme="w4g32 sym", m=33), table)
+        assert bool(nearest(key(scheme="w4g32 sym", m=1024), table)) == others
+        assert bool(nearest(key(m=96), table)) == bool(nearest(key(m=768), table)) == others
         assert nearest(key(m=1024), table) and nearest(key(dtype="bfloat16", m=1024), table)
 
 

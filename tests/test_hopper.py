@@ -154,6 +154,15 @@ CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(168, 64, 1, 4, 3, 1, True), "bf16", 64, True, True, DECODE_N, DECODE_K, (200,)),
     (TiledConfig(40, 128, 8, 8, 3, 8, True), "bf16", 128, True, True, DECODE_N, DECODE_K, (30, 100)),
     (TiledConfig(240, 128, 1, 8, 3, 1, False), "fp16", 32, False, True, DECODE_N, (640, 2048), (240, 300)),
+    # what `batch_rule` takes: any 8 tokens in clusters of four, six stages, few tokens in rounds, slices in clusters of
+    # four; M that leaves 1 to 15 tokens of a piece missing
+    (TiledConfig(72, 128, 4, 8, 4, 4, True, 1, 2), "fp16", 128, True, True, DECODE_N, (640, 2048), (65, 72)),
+    (TiledConfig(48, 128, 1, 8, 6, 1, True, 1, 2), "bf16", 128, False, True, DECODE_N, (1024, 2304), (33, 48)),
+    (TiledConfig(40, 64, 1, 4, 4, 1, True), "fp16", 32, True, True, DECODE_N, DECODE_K, (17, 40)),
+    (TiledConfig(16, 64, 1, 4, 4, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (40000,), (1024,), (9, 16)),
+    (TiledConfig(16, 128, 1, 4, 3, 1, True, 1, 4, 1, 0, True), "bf16", 64, False, False, (54016,), (1024,), (13,)),
+    (TiledConfig(32, 64, 4, 8, 4, 4, True, 1, 2, 2), "fp16", 128, True, True, DECODE_N, (2048,), (17, 20, 25, 32)),
+    (TiledConfig(64, 64, 1, 8, 4, 1, True, 1, 4, 2), "bf16", 128, False, True, DECODE_N, (1024,), (49, 57)),
     # 192 rows, 64 of which are both warpgroups'
     (TiledConfig(128, 192, 1, 8, 3, 1, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (19272,), (512, 1024), (300,)),
     (TiledConfig(152, 192, 1, 8, 3, 1, True, 1, 2), "fp16", None, False, True, DECODE_N, (1024,), (140, 300)),
@@ -213,6 +222,9 @@ BYTE_CASES: list[tuple[Any, str, int | None, bool, bool, Any, Any, Any]] = [
     (TiledConfig(16, 64, 2, 8, 4, 2, True, 1, 1, 2), "bf16", 128, True, True, DECODE_N, DECODE_K, (1, 13)),
     (TiledConfig(128, 128, 1, 8, 3, 1, True, 1, 1, 1, 0, True), "fp16", 128, True, True, (19200,), (1024,), (300,)),
     (TiledConfig(160, 128, 2, 8, 3, 2, True, 1, 2, 1, 0, True), "fp16", 128, True, True, (19200,), (1024,), (200,)),
+    (TiledConfig(96, 128, 4, 8, 4, 4, True, 1, 2), "fp16", 128, True, True, DECODE_N, (640, 2048), (90,)),
+    (TiledConfig(16, 128, 2, 8, 4, 2, True, 1, 2, 1, 0, True), "bf16", 64, False, True, (19272,), (1024,), (13,)),
+    (TiledConfig(32, 64, 4, 8, 4, 4, True, 1, 2, 2), "fp16", 128, True, True, DECODE_N, (2048,), (17, 25)),
     (None, "fp16", 64, False, True, DECODE_N, DECODE_K, (1, 16, 100, 300)),
 ]
 
