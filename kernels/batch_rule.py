@@ -5,12 +5,17 @@ Kinds of programs:
     wide      128 rows by 8 warps, one to each multiprocessor, K split over clusters of two or four
     rounds    the same, persistent, where tiles are more than multiprocessors
     sliced    64 rows by two slices of 4 warps, one to each multiprocessor, K split over clusters of two or four
-    small     64 rows by 4 warps, of which two to four fit a multiprocessor
+    small     64 rows by 4 warps, two to four to each multiprocessor, K split over clusters of up to eight
+    tall      128 rows by 4 warps, two to each multiprocessor
+
+Up to 64 tokens words are waited for, not MMAs, and most words are on their way where all programs run at once and leave
+the fewest places empty. How many places there are is for registers to say: with room for one program more than each
+multiprocessor is meant to have, some get it, and all others wait for those. Where several kinds are as full the rest
+is what was the fastest at 40 shapes.
 
 From 65 tokens on a model of what a stage of each costs decides (`microseconds`), where any 8 tokens are a width: fit to
 367 times at 110 pairs of a shape and an M on an H100, 5 % from them, 8 % of small ones (NOTES.md); of 8 bits to those
-of 10 shapes by hand. With fewer tokens words are waited for, not MMAs, and the rules are what was the fastest at 40
-shapes.
+of 10 shapes by hand.
 """
 
 from __future__ import annotations
@@ -26,14 +31,14 @@ from compress.kernels.tile_shape import TiledConfig
 MOST_TOKENS = 128
 _MODELLED = 64  # more tokens than these
 # clusters of so many programs that run at once, with one to four programs on each of 132 multiprocessors: what the
-# driver says of an H100, where it was asked
-_CLUSTERS = {1: (132, 264, 396, 528), 2: (66, 132, 198, 264), 4: (30, 62, 92, 120), 8: (15, 30, 45, 60)}
+# driver says of an H100, or what was seen to run as one wave
+_CLUSTERS = {1: (132, 264, 396, 528), 2: (66, 132, 198, 264), 4: (30, 62, 92, 112), 8: (15, 30, 45, 60)}
 _REGISTERS = {2: 128, 3: 80, 4: 64}  # of a thread, which leave a multiprocessor places for so many small programs
 _LEAST_STAGES = 3  # tiles of K for each slice of a cluster, below which K is not split
 _LEAST_TILES = 4  # the same of small programs
-# up to 64 tokens: what a fuller machine gains, as a power; what small programs cost besides, and those of few stages, or
-# of few tokens on few places
-_GAIN, _SMALL_ONES, _FEW_STAGES, _FEW_PLACES = 0.85, 1.03, 1.15, 1.08
+# up to 64 tokens: what a fuller machine gains, as a power; how much longer the same work takes small programs, those of
+# few stages, and with up to 16 tokens those of two places and of more, which ask for words further ahead
+_GAIN, _SMALL_ONES, _FEW_STAGES, _FEW_PLACES, _MANY_PLACES = 0.85, 1.03, 1.15, 1.08, 0.97
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,32 @@ def batch_tokens(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits
     return min(found, key=lambda item: item[0], default=(0.0, None))[1]
 
 
+@dataclass(frozen=True)
+class _Dealt:
+    """Programs that all run at once, on so many places of each multiprocessor: the part of these that they fill, how
+    much longer the same work takes them, and their configurations, best first."""
+
+    filled: float
+    places: int
+    dearer: float
+    configs: tuple[TiledConfig, ...]
+
+
 def _of_few(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits: int) -> TiledConfig | None:
     """Up to 64 tokens: what leaves the fewest places empty."""
     found: list[tuple[float, TiledConfig]] = []
-    for filled, dearer, places, configs in _dealt_evenly(m, n, tiles, n_sms, bits):
-        for config in configs:  # the first that there is room for
-            runs = config.within(tiles, bits)
-            room = places * (runs.program_bytes(bits) + 1024) <= shared_bytes + 1024
-            if room and runs.adders == config.split_k:
-                found.append((filled**_GAIN / dearer, runs))
-                break
+    for split in (1, 2, 4, 8):
+        for dealt in (
+            *_one_each(m, n, tiles, n_sms, split),
+            *_small_ones(m, n, tiles, n_sms, split),
+            *(_tall_ones(m, n, tiles, n_sms, split) if bits == 4 else ()),
+        ):
+            for config in dealt.configs:  # the first that there is room for
+                runs = config.within(tiles, bits)
+                room = dealt.places * (runs.program_bytes(bits) + 1024) <= shared_bytes + 1024
+                if room and runs.adders == config.split_k:
+                    found.append((dealt.filled**_GAIN / dealt.dearer, runs))
+                    break
     if found:
         return max(found, key=lambda item: item[0])[1]
     rows = -(-n // 128) / n_sms
@@ -163,27 +184,35 @@ def _of_few(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits: int
     return rounds.within(tiles) if rows <= 3 else TiledConfig(16, 128, 1, 4, 3)
 
 
-def _dealt_evenly(
-    m: int, n: int, tiles: int, n_sms: int, bits: int
-) -> Iterator[tuple[float, float, int, list[TiledConfig]]]:  # fmt: skip
-    """(part of the places that is filled, how much longer the same work takes, places of a multiprocessor,
-    configurations of one kind, best first), all of whose programs run at once, on places that registers leave. With
-    room for one more some multiprocessors would get it, and all others wait for those."""
-    wide, small = -(-n // 128), -(-n // 64)
-    for split in (1, 2, 4, 8):
-        if split < 8 and tiles >= 2 * _LEAST_STAGES * split and _fits(split, split * small, n_sms):
-            as_wide = 32 < m <= 48 and split < 4 and tiles % (4 * split) == 0
-            as_wide = as_wide and _fits(2 * split, 2 * split * wide, n_sms)
-            config = _wide(tokens_of_tile(m), 2 * split) if as_wide else _sliced(m, split, tiles)
-            yield split * small / n_sms, 1.0, 1, [config]
-        for places, registers in _REGISTERS.items() if tiles >= _LEAST_TILES * split else ():
-            programs, at_once = split * small, places * n_sms
-            one_less = split == 1 and programs <= at_once - n_sms  # and so many places would do
-            if not one_less and programs > n_sms and _fits(split, programs, n_sms, places):
-                dearer = _FEW_STAGES if places > 2 and m > 48 else _FEW_PLACES if places == 2 and m <= 16 else _SMALL_ONES
-                config = replace(_small(tokens_of_tile(m), split, 4), registers=registers)
-                yield programs / at_once, dearer, places, [config, replace(config, stages=3)]
-        programs = split * wide
-        if n_sms < programs and bits == 4 and tiles >= _LEAST_TILES * split and _fits(split, programs, n_sms, 2):
-            config = TiledConfig(_power(m), 128, split, 4, 4 if m <= 32 else 3, split, producer=True, registers=128)
-            yield programs / (2 * n_sms), 1.0 if m > 16 else _SMALL_ONES, 2, [config]
+def _one_each(m: int, n: int, tiles: int, n_sms: int, split: int) -> Iterator[_Dealt]:
+    """Two slices; or as many wide ones, each with half of K and twice the rows, which may have any 8 tokens."""
+    programs, as_wide = -(-n // 64) * split, -(-n // 128) * 2 * split
+    if split > 4 or tiles < 2 * _LEAST_STAGES * split or not _fits(split, programs, n_sms):
+        return
+    exact = 32 < m <= 48 and split < 4 and tiles % (4 * split) == 0 and _fits(2 * split, as_wide, n_sms)
+    config = _wide(tokens_of_tile(m), 2 * split) if exact else _sliced(m, split, tiles)
+    yield _Dealt(programs / n_sms, 1, 1.0, (config,))
+
+
+def _small_ones(m: int, n: int, tiles: int, n_sms: int, split: int) -> Iterator[_Dealt]:
+    programs = -(-n // 64) * split
+    if programs <= n_sms or tiles < _LEAST_TILES * split:
+        return
+    for places, registers in _REGISTERS.items():
+        fewer_do = split == 1 and programs <= (places - 1) * n_sms
+        if fewer_do or not _fits(split, programs, n_sms, places):
+            continue
+        if m <= 16 and (places == 2 or split < 8):
+            dearer = _FEW_PLACES if places == 2 else _MANY_PLACES
+        else:
+            dearer = _FEW_STAGES if places > 2 and m > 48 else _SMALL_ONES
+        config = replace(_small(tokens_of_tile(m), split, 4), registers=registers)
+        yield _Dealt(programs / (places * n_sms), places, dearer, (config, replace(config, stages=3)))
+
+
+def _tall_ones(m: int, n: int, tiles: int, n_sms: int, split: int) -> Iterator[_Dealt]:
+    programs = -(-n // 128) * split
+    if n_sms < programs and tiles >= _LEAST_TILES * split and _fits(split, programs, n_sms, 2):
+        stages, registers = 4 if m <= 32 else 3, _REGISTERS[2]
+        config = TiledConfig(_power(m), 128, split, 4, stages, split, producer=True, registers=registers)
+        yield _Dealt(programs / (2 * n_sms), 2, 1.0 if m > 16 else _SMALL_ONES, (config,))

@@ -242,10 +242,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=MACHINES, default="H100")
     add_arguments(parser)
-    parser.add_argument("--shapes", type=shapes, default="4096x4096,28672x4096,4096x14336,2560x9728", help="N x K for the rules")
     parser.add_argument(
-        "--tokens", dest="ms", type=numbers, default="1,12,16,40,64,96,128,150,256,300,600,1024", help="values of M for the rules"
+        "--shapes", type=shapes, default="4096x4096,28672x4096,4096x14336,2560x9728", help="N x K for the rules"
     )
+    parser.add_argument(
+        "--tokens", dest="ms", type=numbers, default="1,12,16,40,64,96,128,150,256,300,600,1024",
+        help="values of M for the rules",
+    )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="every configuration that tune would try at these M")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="directory for codegen.json")

@@ -10,10 +10,10 @@
     3. the closest N and K, each within a factor of MAX_SHAPE_RATIO, at the bucket of M or the next larger one, if the
        kernel's multiples divide the asked N and K.
 
-Entries of the kernels in _FILL_THE_MACHINE answer for their own N and K alone, and with more than MANY_TOKENS tokens
-for their own scheme and bucket: how many programs a shape has, beside how many places there are, decides what is
-fastest, which those kernels' rules count (`w4a16_decode.choose_config`, `batch_rule`, `tile_rule`); a neighbour's entry
-was up to three times as slow. An entry is what a shape was found to like better.
+Entries of the kernels in _FILL_THE_MACHINE answer for their own scheme, N, K and bucket alone: how many programs a
+shape has, beside how many places there are, decides what is fastest, and those kernels' rules count both
+(`w4a16_decode.choose_config`, `batch_rule`, `tile_rule`); a neighbour's entry was up to three times as slow. An entry
+is what a shape was found to like better.
 
 At equal distance an entry of the asked scheme comes before one of another group size or with zero points, and then one
 of the asked dtype before another's: what is fastest hangs on the shape first.
@@ -140,17 +140,10 @@ def _serves(entry: Entry, other: Key, key: Key) -> bool:
         and key.m <= other.m <= key.m * MAX_BUCKET_RATIO
         and max(other.n, key.n) <= MAX_SHAPE_RATIO * min(other.n, key.n)
         and max(other.k, key.k) <= MAX_SHAPE_RATIO * min(other.k, key.k)
-        and (entry.choice.kernel not in _FILL_THE_MACHINE or _same_programs(other, key))
+        and (entry.choice.kernel not in _FILL_THE_MACHINE or other._replace(dtype=key.dtype) == key)
         and key.n % entry.n_multiple == 0
         and key.k % entry.k_multiple == 0
     )
-
-
-def _same_programs(other: Key, key: Key) -> bool:
-    """Whether two keys have as many tiles, and of many tokens registers for as wide ones."""
-    if max(key.m, other.m) > MANY_TOKENS:
-        return other._replace(dtype=key.dtype) == key
-    return (other.n, other.k) == (key.n, key.k)
 
 
 def _width(scheme: str) -> str:

@@ -61,7 +61,7 @@ def open_memory(words_desc, x_desc, T: gl.constexpr):  # type: ignore[no-untyped
                      "tokens are a power of two, or of programs of one slice and 16 rows a warp")  # fmt: skip
     gl.static_assert(common_rows(T) == 0 or (T.warps == 8 and T.split == 1 and not T.streams and T.block_m >= 64),
                      "common rows are of two warpgroups that share nothing out, from 64 tokens on")  # fmt: skip
-    gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and 32 <= T.block_m and T.block_m <= 256),
+    gl.static_assert(n_parts(T) == 1 or (part_tokens(T) >= 8 and T.block_m >= 32 and T.block_m <= 256),
                      "tokens are a power of two, or a multiple of 8 from 32 to 256")  # fmt: skip
     UNITS: gl.constexpr = memory_units(T)
     memory = gl.allocate_shared_memory(gl.int8, [UNITS, 1024], memory_layout(T))

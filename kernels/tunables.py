@@ -127,7 +127,7 @@ DECODE = replace(
     grid=_decode_grid,
     expand=lambda m, n, k, config: [config],
     default=lambda m, weight: (
-        w4a16_decode.choose_config(m, weight.n, n_sms(weight.words.device)) if m <= 16 else None
+        w4a16_decode.choose_config(m, weight.n, weight.k, n_sms(weight.words.device)) if m <= 16 else None
     ),
     n_multiple=8,
     k_multiple=128,

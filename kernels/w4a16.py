@@ -260,7 +260,7 @@ def configuration(x: Tensor, weight: KernelWeight) -> Any:
         return tiled
     sms, shared = common.n_sms(x.device), common.shared_bytes(x.device)
     if m <= w4a16_decode.RULE_MAX_TOKENS and k % TILE_K.value == 0:
-        return w4a16_decode.choose_config(m, n, sms)
+        return w4a16_decode.choose_config(m, n, k, sms)
     return w4a16_tiled.choose_config(m, n, k, sms, shared, fields=weight.fields)
 
 

@@ -335,6 +335,7 @@ _ONE_WAVE = (
     DecodeConfig(8, 32, 4, 1, 2, 80),
 )
 _SEVERAL_WAVES = (DecodeConfig(8, 32, 4, 2), DecodeConfig(8, 32, 4, 1, 2, 96))
+_SHORT_K, _FOR_SHORT_K = 2048, DecodeConfig(8, 16, 4, 4, registers=168)
 _HARDLY_MORE_THAN_ONE = 4 / 3  # programs a multiprocessor, which then take words further ahead
 
 
@@ -344,12 +345,15 @@ def waves(config: DecodeConfig, n: int, n_sms: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def choose_config(m: int, n: int, n_sms: int) -> DecodeConfig:
+def choose_config(m: int, n: int, k: int, n_sms: int) -> DecodeConfig:
     """Tiles without a table, up to 16 tokens; pure. All programs at once, by as few and as large ones as that takes:
     one wave of places of which a third is empty is a third slower. Where no configuration has so many places, the one
-    whose last wave is the fullest. Measured on an H100 at 30 shapes (NOTES.md), where K made no difference."""
+    whose last wave is the fullest. Measured on an H100 at 30 shapes (NOTES.md), where K made no difference as long as
+    it has stages for all warps."""
     if m > 8:
         return DecodeConfig(16, 32, 4, 3, registers=255)
+    if k <= _SHORT_K and waves(_FOR_SHORT_K, n, n_sms) <= 1:
+        return _FOR_SHORT_K
     for config in _ONE_WAVE:
         if waves(config, n, n_sms) <= 1:
             far = config == _ONE_WAVE[1] and -(-n // config.block_n) <= _HARDLY_MORE_THAN_ONE * n_sms
@@ -401,7 +405,7 @@ def config_between_others(n: int, k: int, n_sms: int) -> DecodeConfig:
         found = DecodeConfig(8, 32, 8, 2, registers=168)
     else:
         found = DecodeConfig(8, 16, 8, 2) if n <= 4096 else DecodeConfig(8, 16, 4, 4, registers=168)
-    return found if waves(found, n, n_sms) <= 1 else choose_config(1, n, n_sms)
+    return found if waves(found, n, n_sms) <= 1 else choose_config(1, n, k, n_sms)
 
 
 def takes(weight: KernelWeight) -> bool:

@@ -102,17 +102,17 @@ def test_a_neighbour_is_taken_only_if_its_kernel_takes_the_shape() -> None:
     assert nearest(key(n=4352, k=4096 + 64), table)[1].us == 2
 
 
-def test_kernels_that_fill_the_machine_answer_for_the_very_shape() -> None:
-    """Oracle: the docstring: no neighbour's entry at any M; with more than 64 tokens none of another scheme or bucket
-    either; another dtype's and its own; and another kernel's."""
+def test_kernels_that_fill_the_machine_answer_for_the_very_key() -> None:
+    """Oracle: the docstring: no entry of another shape, scheme or bucket; another dtype's and its own; and another
+    kernel's."""
     for kernel, others in (("w4a16_decode", False), ("w4a16_tiled", False), ("w8a16_tiled", False), ("w8a8", True)):
         table = {key(m=m): Entry(Choice(kernel, {}), 1.0) for m in (64, 128, 1024)}
-        for m in (33, 128, 1024):
-            assert bool(nearest(key(n=4352, m=m), table)) == others
-        assert nearest(key(scheme="w4g32 sym", m=33), table)
-        assert bool(nearest(key(scheme="w4g32 sym", m=1024), table)) == others
-        assert bool(nearest(key(m=96), table)) == bool(nearest(key(m=768), table)) == others
-        assert nearest(key(m=1024), table) and nearest(key(dtype="bfloat16", m=1024), table)
+        for m in (64, 128, 1024):
+            for other in ({"n": 4352}, {"scheme": "w4g32 sym"}):
+                assert bool(nearest(key(**other, m=m), table)) == others
+            assert nearest(key(m=m), table) and nearest(key(dtype="bfloat16", m=m), table)
+        for m in (32, 96, 768):
+            assert bool(nearest(key(m=m), table)) == others
 
 
 def test_dtype_and_groups_yield_to_shape_and_nothing_else_yields() -> None:

@@ -49,13 +49,13 @@ def test_decode_rule_covers_m_and_fills_the_machine(m: int) -> None:
     memory; registers against a multiprocessor's; all programs at once on as few places as are enough, counted here,
     where 192 rows a multiprocessor are."""
     for n, k in itertools.product(NS, KS):
-        config = w4a16_decode.choose_config(m, n, 132)
+        config = w4a16_decode.choose_config(m, n, k, 132)
         between = w4a16_decode.config_between_others(n, k, 132) if m <= w4a16_decode.RULE_MAX_TOKENS else config
         assert {config, between} <= set(tunables._decode_grid(m)) and m <= config.block_m
         for c in (config, between):
             assert c.stages * c.words * c.warps * c.block_n * 64 < H100_SHARED
             assert c.registers * 32 * c.warps <= 65536
-        if m <= 8:
+        if m <= 8 and k > 2048:
             places = 65536 // (32 * config.warps * config.registers)
             rows = {places * config.block_n for config in w4a16_decode._ONE_WAVE}
             enough = min((r for r in rows if n <= 132 * r), default=None)
@@ -66,7 +66,7 @@ def test_decode_rule_at_known_shapes() -> None:
     """Oracle: places counted by hand for 132 multiprocessors of 65536 registers. 4096 rows are 256 programs of 16, two
     places each for 8 warps of 128 registers; 12288 are 768, six for 4 warps of 80; 28672 are 896 of 32, more than six
     each, so 1.7 waves of four rather than 1.4 of five; 57344 are 2.7 waves of five rather than 3.4 of four."""
-    taken = {n: w4a16_decode.choose_config(1, n, 132) for n in (2048, 2560, 4096, 12288, 28672, 57344)}
+    taken = {n: w4a16_decode.choose_config(1, n, 4096, 132) for n in (2048, 2560, 4096, 12288, 28672, 57344)}
     assert taken == {
         2048: DecodeConfig(8, 16, 8, 3, registers=168),
         2560: DecodeConfig(8, 16, 8, 2, words=2),
@@ -75,11 +75,13 @@ def test_decode_rule_at_known_shapes() -> None:
         28672: DecodeConfig(8, 32, 4, 2),
         57344: DecodeConfig(8, 32, 4, 1, 2, 96),
     }
+    # 16 tiles of K are a step of 4 warps and 4 stages
+    assert w4a16_decode.choose_config(1, 4096, 2048, 132) == DecodeConfig(8, 16, 4, 4, registers=168)
     # a machine with fewer multiprocessors has fewer places
-    assert w4a16_decode.choose_config(1, 2048, 114) == DecodeConfig(8, 16, 8, 2, words=2)
+    assert w4a16_decode.choose_config(1, 2048, 4096, 114) == DecodeConfig(8, 16, 8, 2, words=2)
     # in a chain what was found there, as long as there are places for it
     assert w4a16_decode.config_between_others(4096, 14336, 132) == DecodeConfig(8, 32, 8, 2, registers=168)
-    assert w4a16_decode.config_between_others(5120, 25600, 132) == w4a16_decode.choose_config(1, 5120, 132)
+    assert w4a16_decode.config_between_others(5120, 25600, 132) == w4a16_decode.choose_config(1, 5120, 25600, 132)
 
 
 @pytest.mark.parametrize("m", [129, 256, 257, 1000, 4096])
@@ -205,7 +207,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 def rule(kernel: Any, m: int, n: int, k: int) -> Any:
     if kernel is w4a16_decode:
-        return kernel.choose_config(m, n, 132)
+        return kernel.choose_config(m, n, k, 132)
     return kernel.choose_config(m, n, k, 132, *((H100_SHARED,) if kernel is w4a16_tiled else ()))
 
 

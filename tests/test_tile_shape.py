@@ -66,8 +66,8 @@ def test_memory_of_a_program(config: TiledConfig, ctas: int, expected: int) -> N
 @pytest.mark.parametrize("tokens", [*range(32, 257, 8), 16])
 def test_parts_and_copies_of_a_tile(tokens: int) -> None:
     """Oracles: powers of two; parts make up the tile; two copies of x cover it without going beyond, each from a part's
-    and an 8-row swizzle's begin; copies of y are of whole parts, or parts of one, and cover it. Without parts the second
-    is of pieces: 8 tokens of 17 to 64, else 16, by the measurement in NOTES.md."""
+    and an 8-row swizzle's begin; copies of y are of whole parts, or parts of one, and cover it. Without parts the
+    second is of pieces: 8 tokens of 17 to 64, else 16, by the measurement in NOTES.md."""
     tile = tile_shape.Tile.of(TiledConfig(tokens, 128, 1, 8, 3, 1, True, 1, 2))
     part, parts = int(tile_shape.part_tokens(tile)), int(tile_shape.n_parts(tile))
     first, last = TiledConfig(tokens, 128, 1, 8, 3).tokens_copied()
@@ -187,7 +187,7 @@ def test_shipped_tiles_run_as_they_are_named_and_compile_as_they_run() -> None:
     table = table_file.load("H100", "3.6")
     tiled = [(key, dispatch.as_config(entry.choice, "w4a16_tiled", TiledConfig)) for key, entry in table.items()]
     found = [(key, config) for key, config in tiled if config is not None]
-    assert len(found) > 100
+    assert len(found) > 50
     for key, config in found:
         tiles = key.k // 128
         assert config == config.as_it_runs().within(tiles)
