@@ -1,4 +1,4 @@
-"""Tiles for more than 128 tokens (`dispatch.MANY_TOKENS`), from a model of what they cost.
+"""Tiles for more than 128 tokens (`batch_rule` has those for fewer), from a model of what they cost.
 
 So many tokens are bound by power: what counts is how many of a tile's tokens M fills, and whether its tiles fill the
 machine. So every width that M can be cut into, in steps of 8 tokens, is asked how long it would take in tiles of 128

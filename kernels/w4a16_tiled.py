@@ -152,10 +152,8 @@ def choose_config(
     m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4, fields: int = 1
 ) -> TiledConfig:  # fmt: skip
     """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Up to 128 tokens by
-    `batch_rule`, above by `tile_rule`; with 8 bits there persistent programs that share out what fills no round. Where
-    those have none the widest tile of tokens that M fills, and K split over what would stay idle, in clusters where
-    these leave a fifth of the places free: a cluster of more than two waits for them side by side. Measured on an H100
-    by `compress.kernels.tune` (NOTES.md)."""
+    `batch_rule`, above by `tile_rule`; with 8 bits there persistent programs that share out what fills no round.
+    Measured on an H100 (NOTES.md)."""
     tiles, found = -(-k // 128), None
     if m <= MOST_TOKENS:
         found = batch_tokens(m, n, tiles, n_sms, shared_bytes, bits)
@@ -169,6 +167,8 @@ def choose_config(
 
 
 def _split_where_idle(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits: int) -> TiledConfig:
+    """Up to 128 tokens, where `batch_rule` has nothing better: K split over what would stay idle, in clusters where
+    these leave a fifth of the places free. A cluster of more than two waits for them side by side."""
     block_n = 64 if n <= 8192 else 128
     block_m = tokens_of_tile(m) if block_n == 64 and bits == 4 else max(16, 1 << (m - 1).bit_length())
     config = TiledConfig(block_m, block_n, 1, 4, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
