@@ -139,12 +139,7 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
     which are on their way. COPIES: copy what follows here; otherwise another warp does, as stages are left empty."""
     if T.unroll > 1 or T.persistent:
         gl.assume(first < last)
-    if common_rows(T) > 0:
-        accs, stage, phase = _with_common_rows(
-            words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
-            first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
-        )  # fmt: skip
-    elif blocks_of(T) == 2:
+    if blocks_of(T) == 2:
         accs, stage, phase = _in_four_groups(
             words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit,
             first, last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES, T,
@@ -289,19 +284,74 @@ def _in_two_groups(  # type: ignore[no-untyped-def]
     return accs, stage, phase
 
 
+@gluon.constexpr_function
+def _later_tokens_asm(t):  # type: ignore[no-untyped-def]
+    """Bytes of x before the tokens that this warpgroup multiplies common rows with, in rows of 128 bytes."""
+    n_bytes = 128 * (t.block_m - common_tokens(t))
+    return f"{{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; mul.lo.u32 $0, t, {n_bytes};}}"
+
+
+@gluon.jit
+def _no_sums_of_blocks(T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """For MMAs of each of two blocks of rows to add to, and where in x the tokens of the second begin, in bytes."""
+    if common_rows(T) > 0:
+        asm: gl.constexpr = _later_tokens_asm(T)
+        later = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+        first = _no_sums_of(T.block_m, part_tokens(T), T)
+        second = _no_sums_of(common_tokens(T), common_part(T), T)
+    else:
+        ROWS: gl.constexpr = rows_of(T) // 2
+        TOKENS: gl.constexpr = T.block_m
+        later = gl.to_tensor(0)
+        acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
+        first = (acc,)
+        second = (warpgroup_mma_init(acc),)
+    return first, second, later
+
+
+@gluon.jit
+def _wait_of_block(b: gl.constexpr, first, second, words, operand, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of both blocks, and words, when all groups but one are done, behind which registers of the operand may be
+    written; of block b a group follows."""
+    if common_rows(T) > 0:
+        if b == 0:
+            first = wait_for_parts(1, first, (operand,), part_tokens(T), T)
+        else:
+            second = wait_for_parts(1, second, (operand,), common_part(T), T)
+    else:
+        acc, other, words, _ = warpgroup_mma_wait(1, deps=(first[0], second[0], words, operand))
+        first = (acc,)
+        second = (other,)
+    return first, second, words
+
+
+@gluon.jit
+def _multiply_block(b: gl.constexpr, left, x_smem, half, later, first, second, T: gl.constexpr):  # type: ignore[no-untyped-def]
+    """`_multiply` of a block of rows: sums of both."""
+    x = x_offset(T) + half * (T.block_m * 128)
+    if common_rows(T) > 0 and b == 0:
+        first = multiply_parts(left, x, first, T.block_m, part_tokens(T), T)
+    elif common_rows(T) > 0:
+        second = multiply_parts(left, x + later, second, common_tokens(T), common_part(T), T)
+    elif b == 0:
+        first = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), first[0], is_async=True),)
+    else:
+        second = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), second[0], is_async=True),)
+    return first, second
+
+
 @gluon.jit
 def _in_four_groups(  # type: ignore[no-untyped-def]
     words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
     last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """`multiply_tiles`, the rows in two blocks. An operand is made of words that have gone through the last wait: no
-    earlier, or its registers might still be read, by the group four before it."""
+    """`multiply_tiles`, the rows in two blocks, with common rows sums of the first, then of the second. Without, an
+    operand is made of words that have gone through the last wait: no earlier, or its registers might still be read, by
+    the group four before it."""
     ROWS: gl.constexpr = rows_of(T) // 2
     gl.static_assert(T.slices == 1, "slices take one block of rows a warp")
-    TOKENS: gl.constexpr = T.block_m
     UNROLL: gl.constexpr = T.unroll
-    acc = gl.zeros((ROWS, TOKENS), gl.float32, mma_layout(T))
-    second = warpgroup_mma_init(acc)
+    low, high, later = _no_sums_of_blocks(T)
     last_but_one = gl.zeros((ROWS, 64), T.dtype, operand_layout(T))
     before = last_but_one
     for first_of_run in range(first, last, UNROLL):
@@ -312,17 +362,13 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
             here = stage
             for g in gl.static_range(4):
                 w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
-                x = x_smem.index(2 * here + g // 2).permute([1, 0])
                 if g == 3 and i + 1 < UNROLL:
                     stage, phase = next_stage(stage, phase, T)
                     words = _words_of(words_smem, stage, phase, T)
-                acc, second, words, last_but_one = warpgroup_mma_wait(1, deps=(acc, second, words, last_but_one))
+                low, high, words = _wait_of_block(g % 2, low, high, words, last_but_one, T)
                 if g == 1 and not COPIES:  # all but group 0 of this tile are done: the stage of the last may be filled
                     arrive_empty(behind, _filled_again(t, first, last, again, T), T)
-                if g % 2 == 0:
-                    acc = warpgroup_mma(w, x, acc, is_async=True)
-                else:
-                    second = warpgroup_mma(w, x, second, is_async=True)
+                low, high = _multiply_block(g % 2, w, x_smem, 2 * here + g // 2, later, low, high, T)
                 last_but_one = before
                 before = w
                 if g == 0:
@@ -335,66 +381,11 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
             columns = _behind_first(columns, T)
             behind = here
         stage, phase = next_stage(stage, phase, T)
-    acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(acc, second, last_but_one, before))
-    both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, TOKENS])
-    return (gl.convert_layout(both, mma_layout(T), assert_trivial=True),), stage, phase
-
-
-@gluon.constexpr_function
-def _later_tokens_asm(t):  # type: ignore[no-untyped-def]
-    """Bytes of x before the tokens that this warpgroup multiplies common rows with, in rows of 128 bytes."""
-    n_bytes = 128 * (t.block_m - common_tokens(t))
-    return f"{{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; mul.lo.u32 $0, t, {n_bytes};}}"
-
-
-@gluon.jit
-def _with_common_rows(  # type: ignore[no-untyped-def]
-    words_desc, x_desc, x_piece_desc, scale_ptr, zero_ptr, words_smem, x_smem, barriers, columns, part_of_unit, first,
-    last, n0, m0, M, N, K, tiles, stage, phase, again, COPIES: gl.constexpr, T: gl.constexpr,
-):  # fmt: skip
-    """`_in_four_groups` of 192 rows: a block of a warpgroup's own rows with all tokens, one of rows that both have with
-    its half of them. Sums of the first, then of the second."""
-    asm: gl.constexpr = _later_tokens_asm(T)
-    PART: gl.constexpr = part_tokens(T)
-    COMMON: gl.constexpr = common_tokens(T)
-    COMMON_PART: gl.constexpr = common_part(T)
-    UNROLL: gl.constexpr = T.unroll
-    later = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-    own = _no_sums_of(T.block_m, PART, T)
-    common = _no_sums_of(COMMON, COMMON_PART, T)
-    last_but_one = gl.zeros((2 * 64, 64), T.dtype, operand_layout(T))
-    before = last_but_one
-    for first_of_run in range(first, last, UNROLL):
-        behind = _stage_behind(stage, T)
-        words = _words_of(words_smem, stage, phase, T)
-        for i in gl.static_range(UNROLL):
-            t = first_of_run + i
-            here = stage
-            for g in gl.static_range(4):
-                w = part_of_tile(words, columns, g // 2, g % 2, 2, T)
-                x = x_offset(T) + (2 * here + g // 2) * (T.block_m * 128)
-                if g == 3 and i + 1 < UNROLL:
-                    stage, phase = next_stage(stage, phase, T)
-                    words = _words_of(words_smem, stage, phase, T)
-                if g % 2 == 0:
-                    own = wait_for_parts(1, own, (last_but_one,), PART, T)
-                    own = multiply_parts(w, x, own, T.block_m, PART, T)
-                else:
-                    common = wait_for_parts(1, common, (last_but_one,), COMMON_PART, T)
-                    if g == 1 and not COPIES:  # all but group 0 of this tile are done
-                        arrive_empty(behind, _filled_again(t, first, last, again, T), T)
-                    common = multiply_parts(w, x + later, common, COMMON, COMMON_PART, T)
-                last_but_one = before
-                before = w
-                if g == 0:
-                    columns = columns + load_columns(
-                        scale_ptr, zero_ptr, part_of_unit, t + tiles_ahead(T), n0, N, K, tiles, T
-                    )
-            if COPIES:
-                _copy_into(words_desc, x_desc, x_piece_desc, barriers, words_smem, x_smem, behind, t, first, last, n0,
-                           m0, M, N, T)  # fmt: skip
-            columns = _behind_first(columns, T)
-            behind = here
-        stage, phase = next_stage(stage, phase, T)
-    own = wait_for_parts(0, own, (last_but_one, before), PART, T)
-    return own + wait_for_parts(0, common, (), COMMON_PART, T), stage, phase
+    if common_rows(T) > 0:
+        low = wait_for_parts(0, low, (last_but_one, before), part_tokens(T), T)
+        accs = low + wait_for_parts(0, high, (), common_part(T), T)
+    else:
+        acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(low[0], high[0], last_but_one, before))
+        both = gl.join(acc, second).permute(2, 0, 1).reshape([2 * ROWS, T.block_m])
+        accs = (gl.convert_layout(both, mma_layout(T), assert_trivial=True),)
+    return accs, stage, phase
