@@ -24,16 +24,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from compress.kernels.streamed_sums import shares
+from compress.kernels.streamed_sums import Shares, shares
 from compress.kernels.tile_rule import time_of_full
 from compress.kernels.tile_shape import TiledConfig
+from compress.kernels.w4a16_producer import places, registers_for
 
 MOST_TOKENS = 128
 _MODELLED = 64  # more tokens than these
 # clusters of so many programs that run at once, with one to four programs on each of 132 multiprocessors: what the
 # driver says of an H100, or what was seen to run as one wave
 _CLUSTERS = {1: (132, 264, 396, 528), 2: (66, 132, 198, 264), 4: (30, 62, 92, 112), 8: (15, 30, 45, 60)}
-_REGISTERS = {2: 128, 3: 80, 4: 64}  # of a thread, which leave a multiprocessor places for so many small programs
 _LEAST_STAGES = 3  # tiles of K for each slice of a cluster, below which K is not split
 _LEAST_TILES = 4  # the same of small programs
 # up to 64 tokens: what a fuller machine gains, as a power; how much longer the same work takes small programs, those of
@@ -75,20 +75,22 @@ def _wide(width: int, split: int, stages: int = 4) -> TiledConfig:
 def _sliced(m: int, split: int, tiles: int) -> TiledConfig:
     """Of a power of two of tokens, as slices want."""
     unroll = next((u for u in (4, 2) if m <= 64 and -(-tiles // 2) % (split * u) == 0), 1)
-    return TiledConfig(_power(m), 64, split, 8, 4 if m <= 64 else 3, split, producer=True, unroll=unroll, slices=2)
+    stages = 4 if m <= 64 else 3
+    return TiledConfig(power_of_tokens(m), 64, split, 8, stages, split, producer=True, unroll=unroll, slices=2)
 
 
 def _small(width: int, split: int, stages: int = 3) -> TiledConfig:
     return TiledConfig(width, 64, split, 4, stages, split, producer=True)
 
 
-def _power(m: int) -> int:
+def power_of_tokens(m: int) -> int:
+    """The power of two, 16 at least, that holds M tokens."""
     return max(16, 1 << (m - 1).bit_length())
 
 
 def tokens_of_tile(m: int) -> int:
     """Of a tile of 16 rows a warp: up to 32 a power of two, above any multiple of 8."""
-    return _power(m) if m <= 32 else -(-m // 8) * 8
+    return power_of_tokens(m) if m <= 32 else -(-m // 8) * 8
 
 
 def _fits(split: int, programs: int, n_sms: int, places: int = 1) -> bool:
@@ -104,18 +106,18 @@ def microseconds(config: TiledConfig, n: int, k_tiles: int, n_sms: int, bits: in
     if not config.persistent:
         stages = -(-k_tiles // (config.split_k * config.slices)) * time_of_full(tiles * config.split_k / n_sms)
         return stages * stage + kind.launch + kind.sums * config.block_m * (config.split_k.bit_length() - 1)
-    rounds, left = divmod(tiles, n_sms)
-    stages, sums = rounds * k_tiles + k_tiles * time_of_full(left / n_sms) * (left > 0), 0.0
+    found = Shares(tiles, k_tiles)
     if config.streams:
         found = shares(tiles, k_tiles, n_sms, config.unroll, config.cluster > 1)
-        left = tiles - found.whole
-        if left and found.in_pairs:
-            stages = found.whole // n_sms * k_tiles + found.part * time_of_full(2 * left / n_sms)
-            sums = kind.sums * config.block_m
-        elif left:
-            rounds = found.whole // n_sms
-            stages, sums = rounds * k_tiles + found.part, _SHARED + _SHARED_ROUND * min(rounds, 2)
-    return stages * stage + kind.launch + _PERSISTENT + sums
+    rounds, of_a_round = divmod(found.whole, n_sms)
+    shared = tiles - found.whole
+    if shared and found.in_pairs:
+        last, sums = found.part * time_of_full(2 * shared / n_sms), kind.sums * config.block_m
+    elif shared:
+        last, sums = float(found.part), _SHARED + _SHARED_ROUND * min(rounds, 2)
+    else:
+        last, sums = k_tiles * time_of_full(of_a_round / n_sms) * (of_a_round > 0), 0.0
+    return (rounds * k_tiles + last) * stage + kind.launch + _PERSISTENT + sums
 
 
 def _candidates(m: int, n: int, tiles: int, n_sms: int, bits: int) -> Iterator[TiledConfig]:
@@ -170,8 +172,9 @@ def _of_few(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int, bits: int
         ):
             for config in dealt.configs:  # the first that there is room for
                 runs = config.within(tiles, bits)
-                room = dealt.places * (runs.program_bytes(bits) + 1024) <= shared_bytes + 1024
-                if room and runs.adders == config.split_k:
+                room = runs.program_bytes(bits) <= shared_bytes
+                at_once = places(runs, n_sms, shared_bytes, bits)
+                if room and at_once >= dealt.places * n_sms and runs.adders == config.split_k:
                     found.append((dealt.filled**_GAIN / dealt.dearer, runs))
                     break
     if found:
@@ -198,21 +201,21 @@ def _small_ones(m: int, n: int, tiles: int, n_sms: int, split: int) -> Iterator[
     programs = -(-n // 64) * split
     if programs <= n_sms or tiles < _LEAST_TILES * split:
         return
-    for places, registers in _REGISTERS.items():
-        fewer_do = split == 1 and programs <= (places - 1) * n_sms
-        if fewer_do or not _fits(split, programs, n_sms, places):
+    for each in (2, 3, 4):
+        fewer_do = split == 1 and programs <= (each - 1) * n_sms
+        if fewer_do or not _fits(split, programs, n_sms, each):
             continue
-        if m <= 16 and (places == 2 or split < 8):
-            dearer = _FEW_PLACES if places == 2 else _MANY_PLACES
+        if m <= 16 and (each == 2 or split < 8):
+            dearer = _FEW_PLACES if each == 2 else _MANY_PLACES
         else:
-            dearer = _FEW_STAGES if places > 2 and m > 48 else _SMALL_ONES
-        config = replace(_small(tokens_of_tile(m), split, 4), registers=registers)
-        yield _Dealt(programs / (places * n_sms), places, dearer, (config, replace(config, stages=3)))
+            dearer = _FEW_STAGES if each > 2 and m > 48 else _SMALL_ONES
+        config = replace(_small(tokens_of_tile(m), split, 4), registers=registers_for(each, 4))
+        yield _Dealt(programs / (each * n_sms), each, dearer, (config, replace(config, stages=3)))
 
 
 def _tall_ones(m: int, n: int, tiles: int, n_sms: int, split: int) -> Iterator[_Dealt]:
     programs = -(-n // 128) * split
     if n_sms < programs and tiles >= _LEAST_TILES * split and _fits(split, programs, n_sms, 2):
-        stages, registers = 4 if m <= 32 else 3, _REGISTERS[2]
-        config = TiledConfig(_power(m), 128, split, 4, stages, split, producer=True, registers=registers)
+        stages, registers = 4 if m <= 32 else 3, registers_for(2, 4)
+        config = TiledConfig(power_of_tokens(m), 128, split, 4, stages, split, producer=True, registers=registers)
         yield _Dealt(programs / (2 * n_sms), 2, 1.0 if m > 16 else _SMALL_ONES, (config,))

@@ -297,7 +297,7 @@ def _no_sums_of_blocks(T: gl.constexpr):  # type: ignore[no-untyped-def]
     if common_rows(T) > 0:
         asm: gl.constexpr = _later_tokens_asm(T)
         later = gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-        first = _no_sums_of(T.block_m, part_tokens(T), T)
+        first = _no_sums(T)
         second = _no_sums_of(common_tokens(T), common_part(T), T)
     else:
         ROWS: gl.constexpr = rows_of(T) // 2
@@ -315,7 +315,7 @@ def _wait_of_block(b: gl.constexpr, first, second, words, operand, T: gl.constex
     written; of block b a group follows."""
     if common_rows(T) > 0:
         if b == 0:
-            first = wait_for_parts(1, first, (operand,), part_tokens(T), T)
+            first = _wait_but(1, first, (operand,), T)
         else:
             second = wait_for_parts(1, second, (operand,), common_part(T), T)
     else:
@@ -327,16 +327,14 @@ def _wait_of_block(b: gl.constexpr, first, second, words, operand, T: gl.constex
 
 @gluon.jit
 def _multiply_block(b: gl.constexpr, left, x_smem, half, later, first, second, T: gl.constexpr):  # type: ignore[no-untyped-def]
-    """`_multiply` of a block of rows: sums of both."""
-    x = x_offset(T) + half * (T.block_m * 128)
-    if common_rows(T) > 0 and b == 0:
-        first = multiply_parts(left, x, first, T.block_m, part_tokens(T), T)
+    """`_multiply` of block b of rows, of common ones with a warpgroup's tokens alone: sums of both."""
+    if b == 0:
+        first = _multiply(left, x_smem, half, first, T)
     elif common_rows(T) > 0:
-        second = multiply_parts(left, x + later, second, common_tokens(T), common_part(T), T)
-    elif b == 0:
-        first = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), first[0], is_async=True),)
+        x = x_offset(T) + half * (T.block_m * 128) + later
+        second = multiply_parts(left, x, second, common_tokens(T), common_part(T), T)
     else:
-        second = (warpgroup_mma(left, x_smem.index(half).permute([1, 0]), second[0], is_async=True),)
+        second = _multiply(left, x_smem, half, second, T)
     return first, second
 
 
@@ -382,7 +380,7 @@ def _in_four_groups(  # type: ignore[no-untyped-def]
             behind = here
         stage, phase = next_stage(stage, phase, T)
     if common_rows(T) > 0:
-        low = wait_for_parts(0, low, (last_but_one, before), part_tokens(T), T)
+        low = _wait_but(0, low, (last_but_one, before), T)
         accs = low + wait_for_parts(0, high, (), common_part(T), T)
     else:
         acc, second, last_but_one, before = warpgroup_mma_wait(0, deps=(low[0], high[0], last_but_one, before))

@@ -17,6 +17,7 @@ import torch
 
 from compress.arguments import names
 from compress.kernels import w4a16, w4a16_decode, w4a16_tiled, w8a8, wna16, wna16_layout
+from compress.kernels.batch_rule import power_of_tokens
 from compress.kernels.bench import MAX_ERROR
 from compress.kernels.choose import hopper_takes
 from compress.kernels.common import HOPPER_BYTES, n_sms, shared_bytes
@@ -65,7 +66,7 @@ class Tunable:
 def _w4a16_grid(m: int) -> Iterator[w4a16.Config]:
     """Configurations worth timing at M = m, split_k excluded (it is a run-time argument of a compiled kernel)."""
     if m <= 64:
-        block_m = max(16, 1 << (m - 1).bit_length())
+        block_m = power_of_tokens(m)
         for (block_n, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8)), (2, 3, 4)):
             yield w4a16.Config(block_m, block_n, 1, warps, stages)
         yield w4a16.Config(block_m, 64, 1, 4, 4, use_asm=False)
@@ -159,7 +160,7 @@ _UNROLLS = (2, 4, 14)  # stages in a straight line; 14 of a K of 14336
 
 
 def _tiled_grid(m: int, tiles: dict[int, Any], least: int) -> Iterator[w4a16_tiled.TiledConfig]:
-    for block_m in (max(16, 1 << (m - 1).bit_length()),) if m <= 64 else (128, 256):
+    for block_m in (power_of_tokens(m),) if m <= 64 else (128, 256):
         for block_n, warps, stages in tiles[block_m] if m >= least else ():
             yield w4a16_tiled.TiledConfig(block_m, block_n, 1, warps, stages)
         for stages in ((3, 4) if block_m <= 64 else (2, 3)) if m >= least and block_m <= 128 else ():

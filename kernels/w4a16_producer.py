@@ -247,9 +247,15 @@ def producers_by_registers(config: TiledConfig) -> int:
     return 3 if config.block_m == 16 else 2
 
 
+def registers_for(programs: int, warps: int) -> int:
+    """Of a thread, which leave a multiprocessor room for so many programs of so many consumer warps, each with a
+    warpgroup of which the producer is a part."""
+    return min(232, 65536 // (32 * (warps + 4) * programs) // 8 * 8)
+
+
 def max_registers(config: TiledConfig) -> int:
-    """Registers a thread at launch, for consumers and a warpgroup of which the producer is a part."""
-    return config.registers or min(232, 65536 // (32 * (config.warps + 4) * producers_by_registers(config)) // 8 * 8)
+    """Registers a thread at launch."""
+    return config.registers or registers_for(producers_by_registers(config), config.warps)
 
 
 @cache

@@ -54,7 +54,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.batch_rule import MOST_TOKENS, batch_tokens, tokens_of_tile
+from compress.kernels.batch_rule import MOST_TOKENS, batch_tokens, power_of_tokens, tokens_of_tile
 from compress.kernels.common import n_sms, shared_bytes, tile_of_program
 from compress.kernels.dispatch import MANY_TOKENS
 from compress.kernels.gluon_parts import cluster_bases, fetch_first_descriptor, pdl_wait
@@ -154,7 +154,7 @@ def choose_config(
     """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Up to 128 tokens by
     `batch_rule`, above by `tile_rule`; with 8 bits there persistent programs that share out what fills no round.
     Measured on an H100 (NOTES.md)."""
-    tiles, found = -(-k // 128), None
+    tiles = -(-k // 128)
     if m <= MOST_TOKENS:
         found = batch_tokens(m, n, tiles, n_sms, shared_bytes, bits)
         return found or _split_where_idle(m, n, tiles, n_sms, shared_bytes, bits)
@@ -170,7 +170,7 @@ def _split_where_idle(m: int, n: int, tiles: int, n_sms: int, shared_bytes: int,
     """Up to 128 tokens, where `batch_rule` has nothing better: K split over what would stay idle, in clusters where
     these leave a fifth of the places free. A cluster of more than two waits for them side by side."""
     block_n = 64 if n <= 8192 else 128
-    block_m = tokens_of_tile(m) if block_n == 64 and bits == 4 else max(16, 1 << (m - 1).bit_length())
+    block_m = tokens_of_tile(m) if block_n == 64 and bits == 4 else power_of_tokens(m)
     config = TiledConfig(block_m, block_n, 1, 4, 4 if block_m <= 32 and bits == 4 else 3, producer=True)
     at_once, programs = slots(config, n_sms, shared_bytes, bits), -(-n // block_n)
     rest = programs % at_once

@@ -28,6 +28,7 @@ from compress.kernels import (
     w4a16_decode,
     w4a16_tiled,
 )
+from compress.kernels.batch_rule import batch_tokens
 from compress.kernels.choose import hopper_takes
 from compress.kernels.dispatch import Choice
 from compress.kernels.problem import Scheme
@@ -97,6 +98,30 @@ def test_many_tokens_are_shared_out_among_all(m: int) -> None:
         assert config.streams == (k > 128) and (config.unroll == 2) == (config.streams and tiles % 2 == 0)
         found = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED)
         assert found == (many_tokens(m, n, tiles, 132, H100_SHARED) or TiledConfig(128, 128, 1, 8, 3, producer=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 9, 16, 17, 32, 33, 64, 100, 128])
+def test_where_no_rule_is_better_what_would_stay_idle_is_split(m: int, bits: int) -> None:
+    """Oracles: the tiles left over by whole waves, counted by division: they are split, into 4 tiles of K or more, no
+    further than one wave takes; shared memory; sums that fit the stages."""
+    seen = 0
+    for n, k in itertools.product((*NS, 34816, 51200), (*KS, 512, 1000)):
+        tiles = -(-k // 128)
+        config = w4a16_tiled.choose_config(m, n, k, 132, H100_SHARED, bits)
+        if batch_tokens(m, n, tiles, 132, H100_SHARED, bits) is not None:
+            continue
+        seen += 1
+        assert config == config.as_it_runs().within(tiles, bits) and config.program_bytes(bits) <= H100_SHARED
+        assert config.adders == config.cluster and config.block_m >= m
+        at_once = w4a16_tiled.slots(config, 132, H100_SHARED, bits)
+        left = -(-n // config.block_n) % at_once
+        if config.split_k > 1:
+            assert 0 < left * config.split_k <= at_once and config.split_k * 4 <= tiles
+            assert config.split_k in (2, 4, 8)
+        else:
+            assert left == 0 or left * 2 > at_once or tiles < 8
+    assert seen > 0
 
 
 @pytest.mark.parametrize(
