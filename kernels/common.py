@@ -110,6 +110,14 @@ def aligned(x: Tensor, weight: Any) -> bool:
     return not (x.data_ptr() % 16 or weight.words.data_ptr() % 16)
 
 
+def row_units(scale: Tensor) -> Tensor:
+    """The power of two at or above each row of scales [N', G], in their dtype: [N']; 1 for a row of zeros."""
+    exponent = torch.frexp(scale.float().amax(1)).exponent
+    if scale.dtype is torch.float16:  # the largest and smallest that it has; a scale of 65504 is as good over 32768
+        exponent = exponent.clamp(-24, 15)
+    return torch.ldexp(torch.ones_like(scale[:, 0]), exponent)
+
+
 def settle(device: torch.device) -> None:
     """Wait for what made a weight's layout: the Hopper kernels read weights before they wait for the kernel that
     precedes them, which may be one of those."""

@@ -147,6 +147,16 @@ def scaled_slice(words, scale, p: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def scaled_byte(words, scale, p: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(byte p of int16 words - 128) * scale / SCALED_UNIT in float16, rounded once: as `scaled_slice`."""
+    by = scale * 32768.0
+    minus = scale * -0.25
+    take: gl.constexpr = "prmt.b32 t, $1, 0, 0x4341; " if p else "and.b32 t, $1, 0x00ff00ff; "
+    asm: gl.constexpr = "{.reg .b32 t; " + take + "fma.rn.f16x2 $0, t, $2, $3;}"
+    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [words, by, minus], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
 def bare_codes(words, p: gl.constexpr, DTYPE: gl.constexpr):  # type: ignore[no-untyped-def]
     """Nibble p of int16 words as numbers for an MMA, which takes what a multiply-add would lose or cost: in float16 the
     code alone, a subnormal number (16 times that for odd p), in bfloat16 128 + code. `without_zero` makes weights of

@@ -44,6 +44,7 @@ from compress.kernels.gluon_parts import (
     SCALED_UNIT,
     byte_weights,
     parts_of,
+    scaled_byte,
     scaled_slice,
     slice_weights,
 )
@@ -103,7 +104,7 @@ def part_of_tile(words, columns, h: gl.constexpr, b: gl.constexpr, BLOCKS: gl.co
             zero = block_of_rows(columns[PARTS + p * PARTS // (2 * FIELDS)], b, BLOCKS, ROWS)
             zero = gl.expand_dims(zero.to(gl.float32), 1)
         if in_units(T):
-            fields = fields + (scaled_slice(words, scale, p),)
+            fields = fields + (scaled_slice(words, scale, p) if T.bits == 4 else scaled_byte(words, scale, p),)
         elif T.bits == 4:
             fields = fields + (slice_weights(words, zero, p, T.dtype) * scale,)
         else:

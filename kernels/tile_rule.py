@@ -10,7 +10,8 @@ rows, alone, halved in clusters or in rounds, and of 192 rows (`tile_shape.commo
 
 Its numbers are a fit to 409 times at 88 pairs of a shape and an M from 96 to 1024 on an H100 (NOTES.md), 4 % from them,
 and for 192 rows to 125 at 61 pairs, 4 %. What it takes of 128 rows was 0.3 % slower than the fastest of those timed on
-average, and 5 % at most.
+average, and 5 % at most. Of 8 bits they are a fit to 688 times at 80 pairs, 5 %, and what it takes is 1.3 % slower than
+the fastest; 192 rows of 8 bits, of which registers allow 160 tokens, were the fastest at one pair.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ class _Height:
 
 
 _HEIGHTS = {
-    128: _Height((WIDEST, WIDEST, WIDEST), 160, 5.9, 44.0, 2.2, 1.3, 0.0),
-    192: _Height((200, 176, 104), 112, 8.4, 147.0, 3.6, 1.8, 1.0),
+    4: {
+        128: _Height((WIDEST, WIDEST, WIDEST), 160, 5.9, 44.0, 2.2, 1.3, 0.0),
+        192: _Height((200, 176, 104), 112, 8.4, 147.0, 3.6, 1.8, 1.0),
+    },
+    8: {128: _Height((232, 232, 232), 136, 5.8, 119.0, 1.7, 1.1, 0.9)},
 }
 _WIDE_ENOUGH = 112
 # microseconds
@@ -60,10 +64,10 @@ def _widths(m: int) -> list[int]:
     return [width for width in widths if -(-m // (width - STEP)) > -(-m // width)]
 
 
-def _of_width(width: int, fields: int = 1) -> Iterator[TiledConfig]:
+def _of_width(width: int, fields: int = 1, bits: int = 4) -> Iterator[TiledConfig]:
     """Of a tile for each program, halved in clusters of two, in rounds: the last shared out in pairs or by all, or
     by some."""
-    for rows, height in _HEIGHTS.items():
+    for rows, height in _HEIGHTS[bits].items():
         each = TiledConfig(width, rows, 1, 8, 4 if width <= height.four_stages else 3, producer=True, unroll=2)
         rounds = replace(each, persistent=True)
         if width <= height.widest[min(fields, 3) - 1]:
@@ -80,10 +84,10 @@ def time_of_full(busy: float) -> float:
     return min(1.0, max(0.765, 0.77 + 0.44 * (busy - 0.45)))
 
 
-def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) -> float | None:
+def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int, bits: int = 4) -> float | None:
     """What a launch is expected to take; None if a program each is meant and there are more tiles than that."""
     tiles, width = -(-n // config.block_n) * -(-m // config.block_m), config.block_m
-    height = _HEIGHTS[config.block_n]
+    height = _HEIGHTS[bits][config.block_n]
     programs, rounds, sums = tiles * config.split_k, 1, 0.0
     if config.persistent:
         found = Shares(tiles, k_tiles)
@@ -105,17 +109,17 @@ def microseconds(config: TiledConfig, m: int, n: int, k_tiles: int, n_sms: int) 
 
 @lru_cache(maxsize=4096)
 def many_tokens(
-    m: int, n: int, k_tiles: int, n_sms: int, shared_bytes: int, fields: int = 1
+    m: int, n: int, k_tiles: int, n_sms: int, shared_bytes: int, fields: int = 1, bits: int = 4
 ) -> TiledConfig | None:  # fmt: skip
-    """The configuration that is expected to be the fastest for a weight of 4 bits and so many tiles of K, with so many
-    scales and zeros of a row in each; None where K is too short for any."""
+    """The configuration that is expected to be the fastest for a weight of 4 or 8 bits and so many tiles of K, with so
+    many scales and zeros of a row in each; None where K is too short for any."""
     found: list[tuple[float, TiledConfig]] = []
     for width in _widths(m):
         dearer = _ODD_WIDTH ** sum(width % of > 0 for of in _NOT_A_MULTIPLE_OF)
         dearer *= _LITTLE_ROOM_WIDTH if width >= _LITTLE_ROOM else 1.0
-        for config in _of_width(width, fields):
-            runs = config.within(k_tiles)  # of some K not unrolled or in pairs, and of a short one not persistent
-            us = microseconds(runs, m, n, k_tiles, n_sms)
-            if us is not None and runs.persistent == config.persistent and runs.program_bytes() <= shared_bytes:
+        for config in _of_width(width, fields, bits):
+            runs = config.within(k_tiles, bits)  # of some K not unrolled or in pairs, and of a short one not persistent
+            us = microseconds(runs, m, n, k_tiles, n_sms, bits)
+            if us is not None and runs.persistent == config.persistent and runs.program_bytes(bits) <= shared_bytes:
                 found.append((us * dearer, runs))
     return min(found, key=lambda item: item[0], default=(0.0, None))[1]

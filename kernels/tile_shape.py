@@ -394,8 +394,8 @@ def _memory_bytes(config: TiledConfig, bits: int) -> int:
 
 @gluon.constexpr_function
 def in_units(t):  # type: ignore[no-untyped-def]
-    """Whether weights are dequantized by `scaled_slice`."""
-    return t.bits == 4 and not t.has_zero and t.dtype == gl.float16
+    """Whether weights are dequantized by `scaled_slice` or `scaled_byte`."""
+    return not t.has_zero and t.dtype == gl.float16
 
 
 @gluon.constexpr_function

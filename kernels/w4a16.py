@@ -107,18 +107,10 @@ def pack_kernel_layout(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Ker
     def columns(t: Tensor) -> Tensor:
         return t.expand(n, groups).t().contiguous()
 
-    scales = torch.cat([columns(scale), _units(scale).expand(n)[None]])
+    scales = torch.cat([columns(scale), common.row_units(scale).expand(n)[None]])
     weight = KernelWeight(words.contiguous(), scales, None if zero is None else columns(zero), n, k, group_size)
     common.settle(codes.device)
     return weight
-
-
-def _units(scale: Tensor) -> Tensor:
-    """The power of two at or above each row of scales [N', G], in their dtype: [N']; 1 for a row of zeros."""
-    exponent = torch.frexp(scale.float().amax(1)).exponent
-    if scale.dtype is torch.float16:  # the largest and smallest that it has; a scale of 65504 is as good over 32768
-        exponent = exponent.clamp(-24, 15)
-    return torch.ldexp(torch.ones_like(scale[:, 0]), exponent)
 
 
 def unpack_kernel_layout(weight: KernelWeight) -> Tensor:

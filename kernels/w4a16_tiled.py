@@ -152,17 +152,12 @@ def choose_config(
     m: int, n: int, k: int, n_sms: int, shared_bytes: int, bits: int = 4, fields: int = 1
 ) -> TiledConfig:  # fmt: skip
     """Tiles without a table, where a row of W and a tile of K have so many scales and zeros; pure. Up to 128 tokens by
-    `batch_rule`, above by `tile_rule`; with 8 bits there persistent programs that share out what fills no round.
-    Measured on an H100 (NOTES.md)."""
+    `batch_rule`, above by `tile_rule`. Measured on an H100 (NOTES.md)."""
     tiles = -(-k // 128)
     if m <= MOST_TOKENS:
         found = batch_tokens(m, n, tiles, n_sms, shared_bytes, bits)
         return found or _split_where_idle(m, n, tiles, n_sms, shared_bytes, bits)
-    if bits == 4:
-        found = many_tokens(m, n, tiles, n_sms, shared_bytes, fields)
-    else:  # four stages of 8 bits would be all that a multiprocessor has
-        found = TiledConfig(128, 128, 2, 8, 3, 2, producer=True, unroll=2, persistent=True).within(tiles, bits)
-        found = found if found.persistent else None
+    found = many_tokens(m, n, tiles, n_sms, shared_bytes, fields, bits)
     return found or TiledConfig(128, 128, 1, 8, 3, producer=True)
 
 

@@ -31,7 +31,7 @@ from compress.errors import ConfigError
 from compress.kernels import common, dispatch, wna16_layout
 from compress.kernels.choose import hopper_kernels, hopper_takes
 from compress.kernels.common import load_column, tile_of_program
-from compress.kernels.wna16_layout import PackedWeight, decode_slice, slice_k
+from compress.kernels.wna16_layout import ROWS_BEHIND_SCALES, PackedWeight, decode_slice, slice_k
 
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -203,7 +203,8 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
     bits, words, k, n = weight.bits, weight.words, weight.k, weight.n
     common.check_activations(f"W{bits}A16", x, k)
     _check_weight(f"W{bits}A16", weight, x.device)
-    common.check_operands(x, words, weight.scale, weight.zero, bias, weight.group_size)
+    behind = ROWS_BEHIND_SCALES[bits]
+    common.check_operands(x, words, weight.scale, weight.zero, bias, weight.group_size, behind)
     m = x.shape[0]
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -223,7 +224,7 @@ def launch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: 
         x, words, words.view(torch.int8), weight.scale, weight.zero, bias if split == 1 else None, out, m, n, k, tiles,
         per_split, m * n, BITS=bits, FIELDS=weight.tile // size, SLICE=size, ROW=words.shape[2],
         GROUP=weight.group_size, SPAN=math.gcd(weight.group_size, weight.tile) // size,
-        GROUPED=weight.scale.shape[0] > 1, HAS_ZERO=weight.zero is not None,
+        GROUPED=weight.scale.shape[0] - behind > 1, HAS_ZERO=weight.zero is not None,
         HAS_BIAS=bias is not None and split == 1, EVEN_N=n % config.block_n == 0, EVEN_K=k % weight.tile == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_N=8, STAGES=config.num_stages, MODE=mode,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -17,6 +17,8 @@ and field p of word j holds the code of k = tile * F * S + p * S + j (zero codes
     words [T, N, R] int16, R = S, or S + S / 2 for 3 bits: one program's rows of one tile are contiguous
     scale [G, N] float16/bfloat16/float32      zero [G, N] uint8, or None for a symmetric grid (zero = 2^(bits - 1))
 
+Of 8 bits scale has a row more: the power of two at or above each row's scales, a unit for `w4a16_tiled`.
+
 Why fields and slices: see `w4a16`. The 3-bit planes keep 3 bits a weight; fields of 3 bits in a word would waste one in
 sixteen or straddle words. Group sizes are multiples of 32, or one group a row, which may have any K.
 """
@@ -32,9 +34,10 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.errors import ConfigError
-from compress.kernels.common import field_to_float, settle
+from compress.kernels.common import field_to_float, row_units, settle
 
 FIELD_BITS = {8: 8, 4: 4, 3: 2, 2: 2}
+ROWS_BEHIND_SCALES = {8: 1, 4: 0, 3: 0, 2: 0}  # the unit of each row, for `w4a16_tiled`
 _HIGH_FIELDS = 8  # high bits of a 3-bit code in one byte
 
 
@@ -67,7 +70,8 @@ def tile_k(words: Tensor, bits: int) -> int:
 
 def group_size_of(words: Tensor, scale: Tensor, bits: int, k: int) -> int:
     """The `group_size` of a PackedWeight with these words and scales."""
-    return k // scale.shape[0] if scale.shape[0] > 1 else words.shape[0] * tile_k(words, bits)
+    groups = scale.shape[0] - ROWS_BEHIND_SCALES[bits]
+    return k // groups if groups > 1 else words.shape[0] * tile_k(words, bits)
 
 
 def layout_problem(words: Tensor, bits: int, k: int) -> str | None:
@@ -119,7 +123,10 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Packed
     def columns(t: Tensor) -> Tensor:
         return t.expand(n, groups).t().contiguous()
 
-    weight = PackedWeight(words, columns(scale), None if zero is None else columns(zero), bits, n, k, group_size)
+    scales = columns(scale)
+    if ROWS_BEHIND_SCALES[bits]:
+        scales = torch.cat([scales, row_units(scale).expand(n)[None]])
+    weight = PackedWeight(words, scales, None if zero is None else columns(zero), bits, n, k, group_size)
     settle(codes.device)
     return weight
 
